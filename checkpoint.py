@@ -1,0 +1,50 @@
+"""Files that a crash cannot hurt: written whole or not at all, and read without running any code in them."""
+
+import os
+from pathlib import Path
+
+import torch
+
+
+def save_checkpoint(state: dict, path: str | os.PathLike) -> None:
+    """Writes a dictionary of tensors and plain values to `path`, atomically; missing folders are made.
+
+    The bytes reach the disk under a temporary name in the same folder before the file takes its own name, so that
+    `path` holds the old file or the new one, never a part. Raises OSError (no space, no permission) and then leaves
+    the old file and nothing else.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # elsewhere a folder cannot be opened; here its entry, too, must reach the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict:
+    """Reads a dictionary that `save_checkpoint` wrote, its tensors placed on `device`.
+
+    Only tensors and plain values are read (`weights_only=True`): a pickle that wants to run code is refused.
+    Raises FileNotFoundError where there is no file and ValueError where it cannot be read as such a dictionary.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint; train.ipynb writes one into its save_dir")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # whatever the reader stumbled on: in a file of random bytes that can be anything
+        raise ValueError(f"{path}: refused, it is damaged or holds more than tensors and plain values") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds a {type(state).__name__}; a checkpoint is a dictionary")
+    return state

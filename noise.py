@@ -1,0 +1,155 @@
+"""The diffusion process: the forward process, one reverse step a sampler, and the loop that both notebooks show.
+
+The timestep t = 0 ... T-1 in code is the paper's t = 1 ... T, and t = -1 is the clean image: alpha_bar there is 1,
+so that the last step is like every other and needs no branch.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Generators = torch.Generator | list[torch.Generator] | None
+SAMPLERS = ("ddpm", "ddim")
+
+
+def image_generators(seed: int, images: range) -> list[torch.Generator]:
+    """One random stream for each image of `seed`, so that image i is the same picture in a batch of any size."""
+    return [torch.Generator().manual_seed(int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0]))
+            for i in images]
+
+
+def gaussian_noise(like: Tensor, generator: Generators = None) -> Tensor:
+    """Standard normal noise of the shape, type and device of `like` (B, ...).
+
+    generator: None for the global stream, one generator for the whole batch, or a list with one for each image.
+    Raises ValueError where the list is not as long as the batch.
+    """
+    def draw(shape, generator):
+        device = like.device if generator is None else generator.device
+        return torch.randn(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+
+    if not isinstance(generator, list):
+        return draw(like.shape, generator)
+    if len(generator) != len(like):
+        raise ValueError(f"{len(generator)} generators for {len(like)} images: pass one for each image")
+    return torch.stack([draw(like.shape[1:], g) for g in generator])
+
+
+class NoiseScheduler(nn.Module):
+    """The linear noise schedule of Ho et al. 2020, section 4, and the steps forward and back along it.
+
+    num_timesteps: T, from 2. beta_start, beta_end: variance added by the first and the last step, in (0, 1).
+    Buffers `beta`, `alpha` = 1 - beta and `alpha_bar`, the running product of alpha: (T,), computed in float64, kept in
+    float32. The steps take their coefficients from a float64 copy: in float32, 1 - alpha_bar loses four digits at t = 0.
+    """
+
+    def __init__(self, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02,
+                 device: str | torch.device = "cpu"):
+        super().__init__()
+        if num_timesteps < 2:
+            raise ValueError(f"num_timesteps {num_timesteps}: must be at least 2")
+        if not 0 < beta_start <= beta_end < 1:
+            raise ValueError(f"beta_start {beta_start}, beta_end {beta_end}: must be 0 < beta_start <= beta_end < 1")
+        self.num_timesteps = num_timesteps
+        beta = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
+        alpha_bar = (1 - beta).cumprod(0)
+        self.register_buffer("beta", beta.float())
+        self.register_buffer("alpha", (1 - beta).float())
+        self.register_buffer("alpha_bar", alpha_bar.float())
+        self.register_buffer("_alpha_bar", torch.cat([torch.ones(1).double(), alpha_bar]), persistent=False)  # from t = -1
+        self.to(device)
+
+    def _alpha_bar_at(self, t: int | Tensor, like: Tensor) -> Tensor:
+        """alpha_bar_t in float64, shaped to multiply `like`: () for an int t from -1, (B, 1, 1, 1) for t (B,)."""
+        if not isinstance(t, Tensor):
+            self._check_range(t, t)
+            return self._alpha_bar[t + 1]
+        if t.shape != like.shape[:1]:
+            raise ValueError(f"t of shape {tuple(t.shape)}: must be ({len(like)},), one timestep for each image")
+        if t.device.type == "cpu":  # on a GPU the look would halt the queue of work, and a bad index traps there
+            self._check_range(*t.aminmax())
+        return self._alpha_bar[t + 1].view(-1, *[1] * (like.ndim - 1))
+
+    def _check_range(self, low: int, high: int) -> None:
+        if low < -1 or high >= self.num_timesteps:
+            raise ValueError(f"timestep {int(low if low < -1 else high)}: must be in 0 ... {self.num_timesteps - 1}")
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Forward process in closed form (Eq. 4): x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε.
+
+        x0, noise (B, C, H, W), x0 in [-1, 1], noise standard normal; t (B,) int64 -> x_t (B, C, H, W).
+        """
+        alpha_bar = self._alpha_bar_at(t, x0)
+        return alpha_bar.sqrt().to(x0.dtype) * x0 + (1 - alpha_bar).sqrt().to(x0.dtype) * noise
+
+    def sample_prev_timestep(self, xt: Tensor, noise_pred: Tensor, t: int | Tensor,
+                             generator: Generators = None) -> Tensor:
+        """One ancestral step: x_{t-1} drawn from p(x_{t-1} given x_t), with Eq. 11's mean and Eq. 7's variance.
+
+        xt, noise_pred (B, C, H, W); t an int or (B,) int64 -> x_{t-1}. At t = 0 the variance is 0: no noise is added.
+        """
+        return self.ddpm_step(xt, noise_pred, t, t - 1, generator)
+
+    def ddpm_step(self, xt: Tensor, noise_pred: Tensor, t: int | Tensor, s: int | Tensor,
+                  generator: Generators = None) -> Tensor:
+        """Ancestral step from t to any earlier s: the steps between are taken as one, of α = ᾱ_t / ᾱ_s and β = 1 - α.
+
+        Eq. 11: mean = (x_t - β / √(1 - ᾱ_t) ε_θ) / √α; Eq. 7: variance = (1 - ᾱ_s) / (1 - ᾱ_t) β.
+        Leaving steps out this way is from Nichol and Dhariwal 2021, section 4.
+        """
+        alpha_bar_t, alpha_bar_s = self._alpha_bar_at(t, xt), self._alpha_bar_at(s, xt)
+        alpha = alpha_bar_t / alpha_bar_s
+        beta = 1 - alpha
+        mean = (xt - beta / (1 - alpha_bar_t).sqrt() * noise_pred) / alpha.sqrt()
+        sigma = ((1 - alpha_bar_s) / (1 - alpha_bar_t) * beta).sqrt()
+        return (mean + sigma * gaussian_noise(xt, generator)).to(xt.dtype)
+
+    def ddim_step(self, xt: Tensor, noise_pred: Tensor, t: int | Tensor, s: int | Tensor, eta: float = 0.0,
+                  generator: Generators = None) -> Tensor:
+        """Step from t to any earlier s of Song et al. 2021 (DDIM), Eq. 12; eta scales the fresh noise of Eq. 16.
+
+        eta = 0 adds none, and x_0 is then a function of the first x_t; eta = 1 is the ancestral step.
+        """
+        alpha_bar_t, alpha_bar_s = self._alpha_bar_at(t, xt), self._alpha_bar_at(s, xt)
+        x0 = (xt - (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_bar_t.sqrt()
+        sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)).sqrt()
+        xs = alpha_bar_s.sqrt() * x0 + (1 - alpha_bar_s - sigma**2).clamp(min=0).sqrt() * noise_pred
+        if eta > 0:
+            xs = xs + sigma * gaussian_noise(xt, generator)
+        return xs.to(xt.dtype)
+
+    def denoise(self, model: nn.Module, xt: Tensor, num_steps: int | None = None, sampler: str = "ddpm",
+                generator: Generators = None, eta: float = 0.0) -> Iterator[tuple[int, Tensor]]:
+        """The reverse process from pure noise to images, one evaluation of the network a step.
+
+        model(x, t): predicts the noise; xt (B, C, H, W): standard normal, the x_t of t = T-1.
+        num_steps: 1 ... T, evenly spaced (None: all T). sampler: "ddpm" (ancestral) or "ddim", whose `eta` is in [0, 1].
+        Yields (t, x_t) after each step, t strictly decreasing, at last (-1, x_0): images in about [-1, 1].
+        Raises ValueError for a value that is none of these, and where the network predicts a number that is not finite.
+        """
+        num_steps = self.num_timesteps if num_steps is None else num_steps
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler {sampler!r}: choose from {', '.join(SAMPLERS)}")
+        if not 1 <= num_steps <= self.num_timesteps:
+            raise ValueError(f"num_steps {num_steps}: must be in 1 ... {self.num_timesteps}")
+        if not 0 <= eta <= (1 if sampler == "ddim" else 0):
+            raise ValueError(f"eta {eta}: must be in 0 ... 1 with sampler 'ddim', and 0 with any other")
+        step = self.ddpm_step if sampler == "ddpm" else partial(self.ddim_step, eta=eta)
+        return self._steps(model, xt, self.timesteps(num_steps), partial(step, generator=generator))
+
+    def timesteps(self, num_steps: int) -> list[int]:
+        """num_steps + 1 evenly spaced timesteps from T-1 down to -1."""
+        return [round(self.num_timesteps * (1 - i / num_steps)) - 1 for i in range(num_steps + 1)]
+
+    @torch.no_grad()
+    def _steps(self, model, xt, timesteps, step):
+        for t, s in zip(timesteps, timesteps[1:]):
+            noise_pred = model(xt, torch.full((len(xt),), t, device=xt.device))
+            xt = step(xt, noise_pred, t, s)
+            if s == -1 and not xt.isfinite().all():  # a bad number stays bad: one look at the end finds any
+                raise ValueError("the network predicted a number that is not finite: its weights are damaged, or its "
+                                 "precision is too low; load another checkpoint or sample in float32")
+            yield s, xt

@@ -1,0 +1,106 @@
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import load_checkpoint, save_checkpoint
+from model import U_net
+
+SHIPPED = Path(__file__).parents[1] / "Save_model" / "model_DDPM.pth"
+
+
+def small_network(**arguments):
+    return U_net(**{"t_dim": 8, "widths": (8, 16)} | arguments)
+
+
+def test_round_trip(tmp_path):
+    state = {"weight": torch.arange(6.0).view(2, 3), "nested": {"epoch": 3, "losses": [0.5, 0.25], "name": "ü"}}
+    path = tmp_path / "a folder" / "not there yet" / "state.pth"
+    save_checkpoint(state, path)
+    loaded = load_checkpoint(path)
+    assert torch.equal(loaded.pop("weight"), state.pop("weight")) and loaded == state
+    assert os.listdir(path.parent) == ["state.pth"]
+
+
+def test_network_and_metadata_come_back_from_the_file_alone(tmp_path):
+    model = small_network(in_channels=3)
+    model.metadata = {"image_size": 32, "noise_schedule": {"num_timesteps": 50}}
+    save_checkpoint(model.state_dict(), tmp_path / "model.pth")
+    loaded = U_net.from_checkpoint(tmp_path / "model.pth")
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0, 40])
+    assert torch.equal(loaded(x, t), model(x, t))
+    assert loaded.network == model.network and loaded.metadata == model.metadata
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda state, path: Path(path).write_bytes(pickle.dumps(state))])
+def test_code_in_a_file_is_refused_and_does_not_run(tmp_path, save):
+    Evil.target = tmp_path / "ran"
+    save({"weight": Evil()}, tmp_path / "evil.pth")
+    for load in (load_checkpoint, U_net.from_checkpoint):
+        with pytest.raises(ValueError, match="evil.pth: refused"):
+            load(tmp_path / "evil.pth")
+    assert not Evil.target.exists()
+    torch.load(tmp_path / "evil.pth", weights_only=False) if save is torch.save else pickle.loads((tmp_path / "evil.pth").read_bytes())
+    assert Evil.target.exists()  # the file would have done it
+
+
+def test_damaged_missing_and_foreign_files_are_named(tmp_path):
+    path = tmp_path / "model.pth"
+    with pytest.raises(FileNotFoundError, match="model.pth: no such checkpoint"):
+        load_checkpoint(path)
+    save_checkpoint(small_network().state_dict(), path)
+    whole = path.read_bytes()
+    for content in (b"", b"hello", whole[:len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="model.pth: refused"):
+            load_checkpoint(path)
+    torch.save(torch.zeros(3), path)
+    with pytest.raises(ValueError, match="holds a Tensor"):
+        load_checkpoint(path)
+    save_checkpoint({"epoch": 1}, path)
+    with pytest.raises(ValueError, match="model.pth: describes no network"):
+        U_net.from_checkpoint(path)
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "model.pth"
+    save_checkpoint({"epoch": 1}, path)
+    before = path.read_bytes()
+
+    def disk_full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint({"epoch": 2}, path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.pth"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"in_channels": 3}, "in_channels: the checkpoint has 1, this network has 3"),
+    ({"t_dim": 16}, "t_dim: the checkpoint has 8, this network has 16"),
+    ({"widths": (8, 8)}, r"widths: the checkpoint has \(8, 16\), this network has \(8, 8\)")])
+def test_a_mismatch_names_the_field_and_both_values_and_changes_nothing(tmp_path, arguments, message):
+    save_checkpoint(small_network().state_dict(), tmp_path / "model.pth")
+    model = small_network(**arguments)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        model.load_state_dict(torch.load(tmp_path / "model.pth"))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_the_shipped_checkpoint_loads_by_the_documented_snippet():
+    device = "cpu"
+    model = U_net(device, in_channels=1)
+    model.load_state_dict(torch.load(os.path.join(SHIPPED.parent, "model_DDPM.pth"), map_location=device))
+    rebuilt = U_net.from_checkpoint(SHIPPED)
+    assert rebuilt.metadata["image_size"] == 28
+    assert rebuilt.metadata["noise_schedule"] == {"num_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+    x, t = torch.randn(1, 1, 28, 28), torch.tensor([500])
+    assert torch.equal(model(x, t), rebuilt(x, t))

@@ -1,0 +1,241 @@
+import math
+
+import pytest
+import torch
+
+from noise import NoiseScheduler, gaussian_noise, image_generators
+
+
+@pytest.fixture
+def scheduler():
+    return NoiseScheduler()
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def as_paper(scheduler):
+    """alpha and alpha_bar in float64 from the definition in section 2, one product at a time."""
+    alpha = [1 - (1e-4 + (0.02 - 1e-4) * t / 999) for t in range(1000)]
+    return alpha, [math.prod(alpha[:t + 1]) for t in range(1000)]
+
+
+# The schedule
+
+def test_schedule_is_the_papers(scheduler):
+    alpha, alpha_bar = as_paper(scheduler)
+    assert scheduler.alpha_bar[999].item() == pytest.approx(4.0358e-5, rel=1e-4)
+    for buffer, expected in ((scheduler.alpha, alpha), (scheduler.alpha_bar, alpha_bar)):
+        assert buffer.shape == (1000,) and buffer.dtype == torch.float32
+        torch.testing.assert_close(buffer, torch.tensor(expected, dtype=torch.float32), rtol=1e-6, atol=0)
+    torch.testing.assert_close(scheduler.beta[[0, 999]], torch.tensor([1e-4, 0.02]))
+
+
+@pytest.mark.parametrize("t, expected", [(0, 0), (487, 0.00979), (999, 0.02)])
+def test_posterior_variance(scheduler, t, expected):
+    # The step is linear in the fresh noise: with x_t = 0 and no predicted noise it is sigma times that noise.
+    zero = torch.zeros(1, 1, 8, 8)
+    sigma = scheduler.sample_prev_timestep(zero, zero, t, rng()) / gaussian_noise(zero, rng())
+    torch.testing.assert_close(sigma**2, torch.full_like(sigma, expected), rtol=0, atol=1e-5)
+
+
+def test_bad_schedule_is_refused():
+    with pytest.raises(ValueError, match="num_timesteps 1"):
+        NoiseScheduler(1)
+    with pytest.raises(ValueError, match="beta_start 0.5, beta_end 0.1"):
+        NoiseScheduler(beta_start=0.5, beta_end=0.1)
+
+
+# The forward process
+
+def test_closed_form_equals_the_composed_single_steps(scheduler):
+    """Eq. 2, ten times over: the coefficient of x_0 and the sum of the variances are those of Eq. 4."""
+    alpha, _ = as_paper(scheduler)
+    signal, noise_variance = 1.0, 0.0
+    one, zero = torch.ones(1, 1, 1, 1).double(), torch.zeros(1, 1, 1, 1).double()
+    for t in range(1000):
+        signal, noise_variance = math.sqrt(alpha[t]) * signal, alpha[t] * noise_variance + 1 - alpha[t]
+        at = torch.tensor([t])
+        assert scheduler.add_noise(one, zero, at).item() == pytest.approx(signal, rel=1e-10)
+        assert scheduler.add_noise(zero, one, at).item() == pytest.approx(math.sqrt(noise_variance), rel=1e-10)
+
+
+@pytest.mark.parametrize("t", [0, 200, 999])
+def test_forward_samples_have_the_mean_and_variance_of_eq_4(scheduler, t):
+    n, x0 = 100_000, 0.7
+    _, alpha_bar = as_paper(scheduler)
+    xt = scheduler.add_noise(torch.full((n, 1), x0).double(), torch.randn(n, 1, generator=rng()).double(), torch.full((n,), t))
+    mean, var = math.sqrt(alpha_bar[t]) * x0, 1 - alpha_bar[t]
+    assert abs(xt.mean().item() - mean) < 4 * math.sqrt(var / n)
+    assert abs(xt.var().item() - var) < 4 * var * math.sqrt(2 / n)
+
+
+def test_every_image_gets_the_noise_of_its_own_timestep(scheduler):
+    x0, noise = torch.randn(3, 2, 8, 9, generator=rng()), torch.randn(3, 2, 8, 9, generator=rng(1))
+    together = scheduler.add_noise(x0, noise, torch.tensor([0, 500, 999]))
+    alone = [scheduler.add_noise(x0[i:i + 1], noise[i:i + 1], torch.tensor([t])) for i, t in enumerate((0, 500, 999))]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=0)
+    assert together.dtype == torch.float32
+
+
+@pytest.mark.parametrize("t", [torch.tensor([-2]), torch.tensor([1000])])
+def test_timestep_out_of_range_is_refused(scheduler, t):
+    x = torch.zeros(1, 1, 8, 8)
+    with pytest.raises(ValueError, match=f"timestep {t.item()}: must be in 0 ... 999"):
+        scheduler.add_noise(x, x, t)
+    with pytest.raises(ValueError, match="must be in 0 ... 999"):
+        scheduler.sample_prev_timestep(x, x, t.item())
+
+
+def test_one_timestep_for_several_images_is_refused(scheduler):
+    x = torch.zeros(2, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"t of shape \(1,\): must be \(2,\)"):
+        scheduler.add_noise(x, x, torch.tensor([3]))
+
+
+# The reverse step
+
+@pytest.fixture
+def no_fresh_noise(monkeypatch):
+    monkeypatch.setattr("noise.gaussian_noise", lambda like, generator=None: torch.zeros_like(like))
+
+
+@pytest.mark.parametrize("t", [1, 10, 487, 998, 999])
+def test_mean_of_eq_11_is_the_bayes_posterior_of_eq_7(scheduler, no_fresh_noise, t):
+    alpha, alpha_bar = as_paper(scheduler)
+    x0, noise = torch.randn(4, 1, 8, 8, generator=rng()).double(), torch.randn(4, 1, 8, 8, generator=rng(1)).double()
+    xt = math.sqrt(alpha_bar[t]) * x0 + math.sqrt(1 - alpha_bar[t]) * noise
+    expected = (math.sqrt(alpha_bar[t - 1]) * (1 - alpha[t]) / (1 - alpha_bar[t]) * x0
+                + math.sqrt(alpha[t]) * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]) * xt)
+    for at in (t, torch.full((4,), t)):
+        torch.testing.assert_close(scheduler.sample_prev_timestep(xt, noise, at), expected, rtol=0, atol=1e-12)
+
+
+def test_posterior_agrees_with_gaussians_multiplied_on_a_grid(scheduler, no_fresh_noise):
+    """Bayes' rule by brute force: q(x_{t-1} given x_0) times q(x_t given x_{t-1}), normalised on a fine grid."""
+    t, x0, xt = 300, 0.4, -0.3
+    alpha, alpha_bar = as_paper(scheduler)
+    grid = torch.linspace(-8, 8, 400_001, dtype=torch.float64)
+    log_density = (-(grid - math.sqrt(alpha_bar[t - 1]) * x0)**2 / (2 * (1 - alpha_bar[t - 1]))
+                   - (xt - math.sqrt(alpha[t]) * grid)**2 / (2 * (1 - alpha[t])))
+    weight = torch.softmax(log_density, 0)
+    noise = (xt - math.sqrt(alpha_bar[t]) * x0) / math.sqrt(1 - alpha_bar[t])
+    step = scheduler.sample_prev_timestep(*torch.tensor([xt, noise], dtype=torch.float64).view(2, 1, 1, 1, 1), t)
+    assert step.item() == pytest.approx((weight * grid).sum().item(), abs=1e-9)
+
+
+def test_ddim_with_eta_1_over_all_steps_is_the_ancestral_step(scheduler):
+    xt, noise_pred = torch.randn(2, 1, 8, 8, generator=rng()).double(), torch.randn(2, 1, 8, 8, generator=rng(1)).double()
+    for t in range(1000):
+        ddim = scheduler.ddim_step(xt, noise_pred, t, t - 1, eta=1.0, generator=rng(t))
+        torch.testing.assert_close(ddim, scheduler.sample_prev_timestep(xt, noise_pred, t, rng(t)), rtol=0, atol=1e-12)
+
+
+def test_the_true_noise_at_t_0_recovers_x0(scheduler):
+    x0, noise = torch.rand(2, 3, 8, 8, generator=rng()) * 2 - 1, torch.randn(2, 3, 8, 8, generator=rng(1))
+    xt = scheduler.add_noise(x0, noise, torch.zeros(2, dtype=torch.long))
+    for at in (0, torch.zeros(2, dtype=torch.long)):
+        torch.testing.assert_close(scheduler.sample_prev_timestep(xt, noise, at), x0, rtol=0, atol=1e-6)
+
+
+# The whole loop
+
+def gaussian_denoiser(scheduler, mean, std):
+    """E[noise given x_t] where the data are N(mean, std^2): linear regression of two joint Gaussians."""
+    _, alpha_bar = as_paper(scheduler)
+
+    def model(x, t):
+        a = alpha_bar[t[0]]
+        return math.sqrt(1 - a) * (x - math.sqrt(a) * mean) / (a * std**2 + 1 - a)
+    return model
+
+
+@pytest.mark.parametrize("sampler, num_steps", [("ddpm", 1000), ("ddpm", 200), ("ddim", 1000), ("ddim", 200)])
+def test_samples_of_a_gaussian_have_its_mean_and_variance(scheduler, sampler, num_steps):
+    mean, std, n = 0.3, 0.5, 40_000
+    xt = torch.randn(n, 1, 1, 1, generator=rng()).double()
+    *_, (t, x0) = scheduler.denoise(gaussian_denoiser(scheduler, mean, std), xt, num_steps, sampler, rng(1))
+    assert t == -1
+    bias = 0.02 * std  # of the finite number of steps
+    assert abs(x0.mean().item() - mean) < 4 * std / math.sqrt(n) + bias
+    assert abs(x0.std().item() - std) < 4 * std / math.sqrt(2 * n) + bias
+
+
+def test_ddim_equals_the_closed_form_on_a_gaussian(scheduler):
+    """Every deterministic step scales x - sqrt(alpha_bar) mean; the product of the scales is known beforehand."""
+    mean, std = 0.3, 0.5
+    _, alpha_bar = as_paper(scheduler)
+    alpha_bar.append(1.0)  # reached as alpha_bar[-1]
+    xt = torch.randn(5, 1, 8, 8, generator=rng()).double()
+    expected = xt - math.sqrt(alpha_bar[999]) * mean
+    times = [999, 899, 799, 699, 599, 499, 399, 299, 199, 99, -1]
+    for t, s in zip(times, times[1:]):
+        a, b = alpha_bar[t], alpha_bar[s]
+        slope = math.sqrt(1 - a) / (a * std**2 + 1 - a)
+        expected = expected * (math.sqrt(b / a) * (1 - math.sqrt(1 - a) * slope) + math.sqrt(1 - b) * slope)
+    *_, (_, x0) = scheduler.denoise(gaussian_denoiser(scheduler, mean, std), xt, 10, "ddim")
+    torch.testing.assert_close(x0, expected + mean, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("sampler, num_steps, eta", [("ddpm", None, 0), ("ddpm", 33, 0), ("ddim", None, 0), ("ddim", 10, 0),
+                                                     ("ddim", 10, 1.0), ("ddim", 1, 0)])
+def test_a_perfect_denoiser_of_one_image_returns_it(scheduler, sampler, num_steps, eta):
+    _, alpha_bar = as_paper(scheduler)
+    image = torch.rand(1, 3, 9, 8, generator=rng()) * 2 - 1
+
+    def model(x, t):
+        a = alpha_bar[t[0]]
+        return (x - math.sqrt(a) * image) / math.sqrt(1 - a)
+    xt = torch.randn(4, 3, 9, 8, generator=rng(1))
+    *_, (t, x0) = scheduler.denoise(model, xt, num_steps, sampler, rng(2), eta=eta)
+    assert t == -1
+    torch.testing.assert_close(x0, image.expand(4, -1, -1, -1), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("num_steps", [1, 7, 10, 33, 1000])
+def test_timesteps_fall_strictly_from_the_last_to_the_clean_image(scheduler, sampler, num_steps):
+    seen = []
+
+    def model(x, t):
+        seen.append(t.tolist())
+        return x
+    yielded = [t for t, _ in scheduler.denoise(model, torch.zeros(2, 1, 8, 8), num_steps, sampler, rng())]
+    assert seen[0] == [999, 999] and len(seen) == num_steps
+    times = [t for t, _ in seen]
+    assert times + [-1] == [999] + yielded and all(t > s for t, s in zip(times, yielded))
+
+
+@pytest.mark.parametrize("sampler, eta", [("ddpm", 0), ("ddim", 0), ("ddim", 1.0)])
+def test_an_image_is_the_same_in_a_batch_of_any_size(scheduler, sampler, eta):
+    def draw(images):
+        generators = image_generators(3, images)
+        xt = gaussian_noise(torch.empty(len(images), 1, 8, 8), generators)
+        *_, (_, x0) = scheduler.denoise(lambda x, t: x.tanh(), xt, 10, sampler, generators, eta=eta)
+        return x0
+    many = draw(range(8))
+    torch.testing.assert_close(draw(range(5, 6)), many[5:6], rtol=0, atol=1e-6)
+    assert (many[0] - many[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"sampler": "euler"}, "sampler 'euler': choose from ddpm, ddim"),
+    ({"num_steps": 0}, "num_steps 0: must be in 1 ... 1000"),
+    ({"num_steps": 1001}, "num_steps 1001: must be in 1 ... 1000"),
+    ({"sampler": "ddim", "eta": 1.5}, "eta 1.5: must be in 0 ... 1"),
+    ({"sampler": "ddpm", "eta": 0.5}, "eta 0.5: .* 0 with any other"),
+])
+def test_bad_arguments_are_refused_at_the_call(scheduler, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        scheduler.denoise(lambda x, t: x, torch.zeros(1, 1, 8, 8), **arguments)
+
+
+def test_a_prediction_that_is_not_finite_is_refused(scheduler):
+    with pytest.raises(ValueError, match="not finite"):
+        list(scheduler.denoise(lambda x, t: x * float("nan"), torch.zeros(1, 1, 8, 8), 5))
+
+
+def test_too_few_generators_are_refused():
+    with pytest.raises(ValueError, match="1 generators for 2 images"):
+        gaussian_noise(torch.empty(2, 1, 8, 8), image_generators(0, range(1)))
