@@ -1,6 +1,8 @@
 """Files that a crash cannot hurt: written whole or not at all, and read without running any code in them."""
 
+import io
 import os
+import pickle
 from pathlib import Path
 
 import torch
@@ -10,15 +12,23 @@ def save_checkpoint(state: dict, path: str | os.PathLike) -> None:
     """Writes a dictionary of tensors and plain values to `path`, atomically; missing folders are made.
 
     The bytes reach the disk under a temporary name in the same folder before the file takes its own name, so that
-    `path` holds the old file or the new one, never a part. Raises OSError (no space, no permission) and then leaves
-    the old file and nothing else.
+    `path` holds the old file or the new one, never a part. Raises ValueError for a value that `load_checkpoint` would
+    refuse, and OSError where the disk is full or may not be written; the old file is then unhurt, and nothing else left.
     """
     path = Path(path)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path}: not written, the state holds more than tensors and plain values") from error
+
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -41,10 +51,12 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; train.ipynb writes one into its save_dir")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # whatever the reader stumbled on: in a file of random bytes that can be anything
-        raise ValueError(f"{path}: refused, it is damaged or holds more than tensors and plain values") from error
+    torch.empty(0, device=device)  # a device that is not there fails here, by torch's own message
+    with open(path, "rb") as file:
+        try:
+            state = torch.load(file, map_location=device, weights_only=True)
+        except Exception as error:  # whatever the reader stumbled on: in a file of random bytes that can be anything
+            raise ValueError(f"{path}: refused, it is damaged or holds more than tensors and plain values") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}; a checkpoint is a dictionary")
     return state

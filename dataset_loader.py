@@ -4,11 +4,12 @@ import gzip
 import math
 import os
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
@@ -29,6 +30,16 @@ def image_grid(x: Tensor, columns: int, scale: int = 2) -> Image.Image:
     return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
 
 
+def flatten(image: Image.Image) -> Image.Image:
+    """The picture as a viewer shows it: turned upright (EXIF), 16-bit grey in 8 bits, transparency over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image
+
+
 def read_idx(path: str | os.PathLike) -> Tensor:
     """Reads a file of unsigned bytes in the IDX format of MNIST (LeCun and Cortes), gzipped or not.
 
@@ -38,9 +49,9 @@ def read_idx(path: str | os.PathLike) -> Tensor:
     try:
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
-    except (EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path}: a damaged gzip file; copy it again") from error
-    if content[:3] != b"\0\0\x08" or len(content) < 4 * (1 + content[3]):  # two zeros, the type uint8, the dimensions
+    if len(content) < 4 or content[:3] != b"\0\0\x08" or len(content) < 4 * (1 + content[3]):  # 0, 0, type, dimensions
         raise ValueError(f"{path}: not an IDX file of unsigned bytes; pass an IDX file or a folder of images")
     shape = np.frombuffer(content, ">u4", count=content[3], offset=4).tolist()
     pixels = np.frombuffer(content, np.uint8, offset=4 * (1 + len(shape)))
@@ -52,8 +63,9 @@ def read_idx(path: str | os.PathLike) -> Tensor:
 def find_labels(path: Path) -> Path | None:
     """The labels beside an IDX file of images: train-images-idx3-ubyte.gz -> train-labels-idx1-ubyte.gz, if it is there."""
     name = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    beside = [path.with_name(name), path.with_name(name + ".gz")]
-    return next((labels for labels in beside if labels != path and labels.is_file()), None)
+    if name == path.name.removesuffix(".gz"):
+        return None
+    return next((file for file in (path.with_name(name), path.with_name(name + ".gz")) if file.is_file()), None)
 
 
 class ImageDataset(Dataset):
@@ -95,10 +107,9 @@ class ImageDataset(Dataset):
                 break
             try:
                 with Image.open(file) as image:
-                    image = ImageOps.exif_transpose(image).convert(MODES[channels])
-                    image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
+                    image = ImageOps.fit(flatten(image).convert(MODES[channels]), (image_size, image_size), Image.Resampling.LANCZOS)
                 images.append(torch.from_numpy(np.array(image)).view(image_size, image_size, channels))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            except Exception as error:  # a damaged file can fail in any part of any decoder
                 bad.append(f"{file} ({error})")
         if bad:
             warnings.warn(f"{len(bad)} of {len(files)} images cannot be read and are left out: {'; '.join(bad)}",
@@ -114,8 +125,8 @@ class ImageDataset(Dataset):
         labels_path = find_labels(path)
         if labels_path is not None:
             labels = read_idx(labels_path)
-            if len(labels) != len(images):
-                raise ValueError(f"{labels_path}: {len(labels)} labels for the {len(images)} images of {path}")
+            if labels.shape != images.shape[:1]:
+                raise ValueError(f"{labels_path}: labels of shape {tuple(labels.shape)} for the {len(images)} images of {path}")
             self.labels = labels[:max_images].long()
         images = images[:max_images, None]
         if images.shape[-2:] != (image_size, image_size):

@@ -13,7 +13,7 @@ from checkpoint import load_checkpoint
 def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoidal position embedding (Vaswani et al. 2017, section 3.5) of the timesteps.
 
-    t (B,), dim even -> (B, dim): sines, then cosines, of t at dim / 2 frequencies from 1 down to 1 / 10000.
+    t (B,), dim even -> (B, dim): sines, then cosines, of t at the dim / 2 frequencies 10000^(-2i / dim).
     """
     frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angle = t[:, None].float() * frequency  # (B, dim / 2)
@@ -58,7 +58,7 @@ class U_net(nn.Module):
         if t_dim < 2 or t_dim % 2:
             raise ValueError(f"t_dim {t_dim}: must be even and positive, half of it are sines and half cosines")
         if in_channels < 1:
-            raise ValueError(f"in_channels {in_channels}: must be 1 for grey or 3 for colour images")
+            raise ValueError(f"in_channels {in_channels}: must be at least 1; it is 1 for grey and 3 for colour images")
         if not widths or min(widths) < 1:
             raise ValueError(f"widths {widths}: must be one positive number of channels for each level")
         self.network = {"in_channels": in_channels, "t_dim": t_dim, "widths": tuple(widths)}
@@ -113,9 +113,10 @@ class U_net(nn.Module):
 
     def set_extra_state(self, state: dict) -> None:
         """Takes over the metadata of a state dict. Raises ValueError where it belongs to a different network."""
-        for name, value in self.network.items():
-            if state["network"].get(name) != value:
-                raise ValueError(f"{name}: the checkpoint has {state['network'].get(name)}, this network has {value}; "
+        saved = state["network"]
+        for name in self.network | saved:
+            if saved.get(name) != self.network.get(name):
+                raise ValueError(f"{name}: the checkpoint has {saved.get(name)}, this network has {self.network.get(name)}; "
                                  "build the network with the checkpoint's value or use U_net.from_checkpoint")
         self.metadata = {name: value for name, value in state.items() if name != "network"}
 
@@ -126,8 +127,9 @@ class U_net(nn.Module):
         Raises what `load_checkpoint` raises, and ValueError where the file is not a checkpoint of a U_net.
         """
         state = load_checkpoint(path, device)
-        if "network" not in state.get("_extra_state", {}):
-            raise ValueError(f"{path}: describes no network; pass the model file that train.ipynb writes")
-        model = cls(device, **state["_extra_state"]["network"])
-        model.load_state_dict(state)
+        try:
+            model = cls(device, **state["_extra_state"]["network"])
+            model.load_state_dict(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: not a checkpoint of this U_net; pass the model file that train.ipynb writes") from error
         return model

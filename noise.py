@@ -29,13 +29,13 @@ def gaussian_noise(like: Tensor, generator: Generators = None) -> Tensor:
     """
     def draw(shape, generator):
         device = like.device if generator is None else generator.device
-        return torch.randn(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+        return torch.randn(shape, generator=generator, dtype=like.dtype, device=device)
 
     if not isinstance(generator, list):
-        return draw(like.shape, generator)
+        return draw(like.shape, generator).to(like.device)
     if len(generator) != len(like):
         raise ValueError(f"{len(generator)} generators for {len(like)} images: pass one for each image")
-    return torch.stack([draw(like.shape[1:], g) for g in generator])
+    return torch.stack([draw(like.shape[1:], g) for g in generator]).to(like.device)
 
 
 class NoiseScheduler(nn.Module):
@@ -62,20 +62,28 @@ class NoiseScheduler(nn.Module):
         self.register_buffer("_alpha_bar", torch.cat([torch.ones(1).double(), alpha_bar]), persistent=False)  # from t = -1
         self.to(device)
 
-    def _alpha_bar_at(self, t: int | Tensor, like: Tensor) -> Tensor:
-        """alpha_bar_t in float64, shaped to multiply `like`: () for an int t from -1, (B, 1, 1, 1) for t (B,)."""
+    def _alpha_bar_at(self, t: int | Tensor, like: Tensor, first: int = 0) -> Tensor:
+        """alpha_bar_t in float64, shaped to multiply `like`: () for an int t, (B, 1, 1, 1) for t (B,).
+
+        Raises ValueError where t is not in first ... T-1; a t on a GPU is not looked at, which would halt the queue of work.
+        """
         if not isinstance(t, Tensor):
-            self._check_range(t, t)
+            self._check_range(t, t, first)
             return self._alpha_bar[t + 1]
         if t.shape != like.shape[:1]:
             raise ValueError(f"t of shape {tuple(t.shape)}: must be ({len(like)},), one timestep for each image")
-        if t.device.type == "cpu":  # on a GPU the look would halt the queue of work, and a bad index traps there
-            self._check_range(*t.aminmax())
+        if t.device.type == "cpu":
+            self._check_range(*t.aminmax(), first)
         return self._alpha_bar[t + 1].view(-1, *[1] * (like.ndim - 1))
 
-    def _check_range(self, low: int, high: int) -> None:
-        if low < -1 or high >= self.num_timesteps:
-            raise ValueError(f"timestep {int(low if low < -1 else high)}: must be in 0 ... {self.num_timesteps - 1}")
+    def _alpha_bars(self, t: int | Tensor, s: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(t, Tensor) and s >= t:
+            raise ValueError(f"a step from timestep {t} to {s}: must go to an earlier one")
+        return self._alpha_bar_at(t, like), self._alpha_bar_at(s, like, first=-1)
+
+    def _check_range(self, low: int, high: int, first: int) -> None:
+        if low < first or high >= self.num_timesteps:
+            raise ValueError(f"timestep {int(low if low < first else high)}: must be in {first} ... {self.num_timesteps - 1}")
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Forward process in closed form (Eq. 4): x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε.
@@ -100,7 +108,7 @@ class NoiseScheduler(nn.Module):
         Eq. 11: mean = (x_t - β / √(1 - ᾱ_t) ε_θ) / √α; Eq. 7: variance = (1 - ᾱ_s) / (1 - ᾱ_t) β.
         Leaving steps out this way is from Nichol and Dhariwal 2021, section 4.
         """
-        alpha_bar_t, alpha_bar_s = self._alpha_bar_at(t, xt), self._alpha_bar_at(s, xt)
+        alpha_bar_t, alpha_bar_s = self._alpha_bars(t, s, xt)
         alpha = alpha_bar_t / alpha_bar_s
         beta = 1 - alpha
         mean = (xt - beta / (1 - alpha_bar_t).sqrt() * noise_pred) / alpha.sqrt()
@@ -113,7 +121,7 @@ class NoiseScheduler(nn.Module):
 
         eta = 0 adds none, and x_0 is then a function of the first x_t; eta = 1 is the ancestral step.
         """
-        alpha_bar_t, alpha_bar_s = self._alpha_bar_at(t, xt), self._alpha_bar_at(s, xt)
+        alpha_bar_t, alpha_bar_s = self._alpha_bars(t, s, xt)
         x0 = (xt - (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_bar_t.sqrt()
         sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)).sqrt()
         xs = alpha_bar_s.sqrt() * x0 + (1 - alpha_bar_s - sigma**2).clamp(min=0).sqrt() * noise_pred

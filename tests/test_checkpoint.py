@@ -36,7 +36,7 @@ def test_network_and_metadata_come_back_from_the_file_alone(tmp_path):
 
 class Evil:
     def __reduce__(self):
-        return os.system, (f"touch {self.target}",)
+        return os.mkdir, (str(self.target),)
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda state, path: Path(path).write_bytes(pickle.dumps(state))])
@@ -64,9 +64,20 @@ def test_damaged_missing_and_foreign_files_are_named(tmp_path):
     torch.save(torch.zeros(3), path)
     with pytest.raises(ValueError, match="holds a Tensor"):
         load_checkpoint(path)
+    weights = small_network().state_dict()
+    for foreign in ({"epoch": 1}, {"_extra_state": None}, weights | {"_extra_state": {"network": {"depth": 9}}},
+                    {name: value for name, value in weights.items() if name != "out.bias"}):
+        save_checkpoint(foreign, path)
+        with pytest.raises(ValueError, match="model.pth: not a checkpoint of this U_net"):
+            U_net.from_checkpoint(path)
+
+
+def test_a_value_that_could_not_be_read_again_is_not_written(tmp_path):
+    path = tmp_path / "model.pth"
     save_checkpoint({"epoch": 1}, path)
-    with pytest.raises(ValueError, match="model.pth: describes no network"):
-        U_net.from_checkpoint(path)
+    with pytest.raises(ValueError, match="model.pth: not written"):
+        save_checkpoint({"data_path": Path("images")}, path)
+    assert load_checkpoint(path) == {"epoch": 1}
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

@@ -98,7 +98,8 @@ def test_idx_resized_and_in_colour(tmp_path):
 def test_damaged_idx_files_are_named(tmp_path):
     whole = (MNIST / "t10k-labels-idx1-ubyte.gz").read_bytes()
     path = tmp_path / "images"
-    for content, message in [(whole[:1000], "damaged gzip"), (b"hello", "not an IDX file"), (b"", "not an IDX file"),
+    flipped = whole[:2000] + bytes(255 - byte for byte in whole[2000:2010]) + whole[2010:]
+    for content, message in [(whole[:1000], "damaged gzip"), (flipped, "damaged gzip"), (b"\0\0\x08", "not an IDX file"), (b"hello", "not an IDX file"), (b"", "not an IDX file"),
                              (gzip.decompress(whole)[:-1], r"9999 bytes of data where its header says \[10000\]")]:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{re.escape(str(path))}: .*{message}"):
@@ -111,7 +112,7 @@ def test_damaged_idx_files_are_named(tmp_path):
 def test_labels_of_other_images_are_refused(tmp_path):
     write_idx(tmp_path / "images", np.zeros((2, 28, 28), np.uint8))
     write_idx(tmp_path / "labels", np.zeros(3, np.uint8))
-    with pytest.raises(ValueError, match="labels: 3 labels for the 2 images"):
+    with pytest.raises(ValueError, match="labels of shape \\(3,\\) for the 2 images"):
         ImageDataset(tmp_path / "images")
 
 
@@ -133,6 +134,12 @@ def test_grey_and_colour(tmp_path):
     colour, grey = ImageDataset(tmp_path, channels=3), ImageDataset(tmp_path, channels=1)
     assert colour[0][:, 0, 0].tolist() == [1, -1, -1] and colour[1][:, 0, 0].tolist() == [1, 1, 1]
     assert grey.pixels[:, 0, 0, 0].tolist() == [76, 255]  # ITU-R 601: 0.299 * 255
+
+
+def test_transparency_is_white_and_16_bit_grey_keeps_its_shades(tmp_path):
+    write_image(tmp_path / "a.png", (0, 0, 0, 0), mode="RGBA")
+    Image.fromarray(np.full((10, 10), 200 * 256 + 17, np.uint16)).save(tmp_path / "b.png")
+    assert ImageDataset(tmp_path).pixels[:, 0, 0, 0].tolist() == [255, 200]
 
 
 def test_other_sizes_are_cropped_in_the_centre_and_resized(tmp_path):

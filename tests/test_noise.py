@@ -79,13 +79,13 @@ def test_every_image_gets_the_noise_of_its_own_timestep(scheduler):
     assert together.dtype == torch.float32
 
 
-@pytest.mark.parametrize("t", [torch.tensor([-2]), torch.tensor([1000])])
+@pytest.mark.parametrize("t", [-1, 1000])
 def test_timestep_out_of_range_is_refused(scheduler, t):
     x = torch.zeros(1, 1, 8, 8)
-    with pytest.raises(ValueError, match=f"timestep {t.item()}: must be in 0 ... 999"):
-        scheduler.add_noise(x, x, t)
-    with pytest.raises(ValueError, match="must be in 0 ... 999"):
-        scheduler.sample_prev_timestep(x, x, t.item())
+    for at in (t, torch.tensor([t])):
+        for call in (scheduler.add_noise, scheduler.sample_prev_timestep):
+            with pytest.raises(ValueError, match=f"timestep {t}: must be in 0 ... 999"):
+                call(x, x, at)
 
 
 def test_one_timestep_for_several_images_is_refused(scheduler):
@@ -102,14 +102,21 @@ def no_fresh_noise(monkeypatch):
 
 
 @pytest.mark.parametrize("t", [1, 10, 487, 998, 999])
-def test_mean_of_eq_11_is_the_bayes_posterior_of_eq_7(scheduler, no_fresh_noise, t):
-    alpha, alpha_bar = as_paper(scheduler)
+@pytest.mark.parametrize("stride", [1, 20])
+def test_mean_of_eq_11_is_the_bayes_posterior_of_eq_7(scheduler, no_fresh_noise, t, stride):
+    """Also where steps are left out: those between t and s are one step, which keeps alpha_bar_t / alpha_bar_s."""
+    _, alpha_bar = as_paper(scheduler)
+    s = max(t - stride, 0)
+    alpha = alpha_bar[t] / alpha_bar[s]
     x0, noise = torch.randn(4, 1, 8, 8, generator=rng()).double(), torch.randn(4, 1, 8, 8, generator=rng(1)).double()
     xt = math.sqrt(alpha_bar[t]) * x0 + math.sqrt(1 - alpha_bar[t]) * noise
-    expected = (math.sqrt(alpha_bar[t - 1]) * (1 - alpha[t]) / (1 - alpha_bar[t]) * x0
-                + math.sqrt(alpha[t]) * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]) * xt)
-    for at in (t, torch.full((4,), t)):
-        torch.testing.assert_close(scheduler.sample_prev_timestep(xt, noise, at), expected, rtol=0, atol=1e-12)
+    expected = (math.sqrt(alpha_bar[s]) * (1 - alpha) / (1 - alpha_bar[t]) * x0
+                + math.sqrt(alpha) * (1 - alpha_bar[s]) / (1 - alpha_bar[t]) * xt)
+    steps = [scheduler.ddpm_step(xt, noise, t, s), scheduler.ddpm_step(xt, noise, torch.full((4,), t), torch.full((4,), s))]
+    if stride == 1:
+        steps += [scheduler.sample_prev_timestep(xt, noise, t), scheduler.sample_prev_timestep(xt, noise, torch.full((4,), t))]
+    for step in steps:
+        torch.testing.assert_close(step, expected, rtol=0, atol=1e-12)
 
 
 def test_posterior_agrees_with_gaussians_multiplied_on_a_grid(scheduler, no_fresh_noise):
