@@ -3,6 +3,9 @@
 import io
 import os
 import pickle
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -60,3 +63,18 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}; a checkpoint is a dictionary")
     return state
+
+
+@contextmanager
+def hold_signals() -> Iterator[Callable[[], bool]]:
+    """Within the block, Ctrl-C (also Jupyter's Stop) and SIGTERM wait: yields a function that says whether one has come.
+
+    So a loop can finish its step, save, and stop, instead of being cut anywhere. The main thread's alone, as all signals are.
+    """
+    came = []
+    held = {number: signal.signal(number, lambda number, _: came.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)

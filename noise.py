@@ -15,10 +15,15 @@ Generators = torch.Generator | list[torch.Generator] | None
 SAMPLERS = ("ddpm", "ddim")
 
 
+def random_stream(*numbers: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """A random stream of its own for every row of numbers >= 0, such as (seed, epoch) or (seed, image)."""
+    (state,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(state))
+
+
 def image_generators(seed: int, images: range) -> list[torch.Generator]:
     """One random stream for each image of `seed`, so that image i is the same picture in a batch of any size."""
-    return [torch.Generator().manual_seed(int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0]))
-            for i in images]
+    return [random_stream(seed, i) for i in images]
 
 
 def gaussian_noise(like: Tensor, generator: Generators = None) -> Tensor:

@@ -1,11 +1,16 @@
+import itertools
+import multiprocessing
 import os
 import pickle
+import random
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import hold_signals, load_checkpoint, save_checkpoint
 from model import U_net
 
 SHIPPED = Path(__file__).parents[1] / "Save_model" / "model_DDPM.pth"
@@ -91,6 +96,41 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint({"epoch": 2}, path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.pth"]
+
+
+def test_signals_wait_until_the_block_asks_and_are_themselves_again_after_it():
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    for number in numbers:
+        with hold_signals() as stopped:
+            assert not stopped()
+            signal.raise_signal(number)
+            assert stopped()
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def save_forever(path, started):
+    for number in itertools.count():
+        save_checkpoint({"number": number, "weight": torch.full((100_000,), float(number))}, path)
+        started.set()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its fifty children by fork, for speed")
+def test_a_killed_save_leaves_the_old_file_or_the_new_one(tmp_path):
+    path, fork, moments = tmp_path / "state.pth", multiprocessing.get_context("fork"), random.Random(0)
+    for _ in range(50):
+        started = fork.Event()
+        child = fork.Process(target=save_forever, args=(path, started))
+        child.start()
+        assert started.wait(60)
+        time.sleep(moments.uniform(0, 0.02))
+        child.kill()
+        child.join()
+        state = load_checkpoint(path)
+        assert (state["weight"] == state["number"]).all()
+    assert set(os.listdir(tmp_path)) <= {"state.pth", ".state.pth.tmp"}
+    save_checkpoint({"epoch": 1}, path)
+    assert os.listdir(tmp_path) == ["state.pth"]
 
 
 @pytest.mark.parametrize("arguments, message", [
