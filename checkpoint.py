@@ -69,10 +69,10 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
 def hold_signals() -> Iterator[Callable[[], bool]]:
     """Within the block, Ctrl-C (also Jupyter's Stop) and SIGTERM wait: yields a function that says whether one has come.
 
-    So a loop can finish its step, save, and stop, instead of being cut anywhere. The main thread's alone, as all signals are.
+    So a loop can finish its step, save, and stop, instead of being cut anywhere. Works in the main thread alone.
     """
     came = []
-    held = {number: signal.signal(number, lambda number, _: came.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    held = {number: signal.signal(number, lambda *_: came.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(came)
     finally:

@@ -107,7 +107,8 @@ class ImageDataset(Dataset):
                 break
             try:
                 with Image.open(file) as image:
-                    image = ImageOps.fit(flatten(image).convert(MODES[channels]), (image_size, image_size), Image.Resampling.LANCZOS)
+                    image = flatten(image).convert(MODES[channels])
+                    image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
                 images.append(torch.from_numpy(np.array(image)).view(image_size, image_size, channels))
             except Exception as error:  # a damaged file can fail in any part of any decoder
                 bad.append(f"{file} ({error})")
@@ -126,7 +127,7 @@ class ImageDataset(Dataset):
         if labels_path is not None:
             labels = read_idx(labels_path)
             if labels.shape != images.shape[:1]:
-                raise ValueError(f"{labels_path}: labels of shape {tuple(labels.shape)} for the {len(images)} images of {path}")
+                raise ValueError(f"{labels_path}: labels of shape {tuple(labels.shape)} for {len(images)} images of {path}")
             self.labels = labels[:max_images].long()
         images = images[:max_images, None]
         if images.shape[-2:] != (image_size, image_size):

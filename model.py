@@ -131,5 +131,5 @@ class U_net(nn.Module):
             model = cls(device, **state["_extra_state"]["network"])
             model.load_state_dict(state)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path}: not a checkpoint of this U_net; pass the model file that train.ipynb writes") from error
+            raise ValueError(f"{path}: not a checkpoint of this U_net; pass a model that train.ipynb wrote") from error
         return model

@@ -88,7 +88,8 @@ class NoiseScheduler(nn.Module):
 
     def _check_range(self, low: int, high: int, first: int) -> None:
         if low < first or high >= self.num_timesteps:
-            raise ValueError(f"timestep {int(low if low < first else high)}: must be in {first} ... {self.num_timesteps - 1}")
+            wrong = int(low if low < first else high)
+            raise ValueError(f"timestep {wrong}: must be in {first} ... {self.num_timesteps - 1}")
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Forward process in closed form (Eq. 4): x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε.

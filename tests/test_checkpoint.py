@@ -44,16 +44,18 @@ class Evil:
         return os.mkdir, (str(self.target),)
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda state, path: Path(path).write_bytes(pickle.dumps(state))])
-def test_code_in_a_file_is_refused_and_does_not_run(tmp_path, save):
-    Evil.target = tmp_path / "ran"
-    save({"weight": Evil()}, tmp_path / "evil.pth")
+@pytest.mark.parametrize("save, load_unsafely", [
+    (torch.save, lambda path: torch.load(path, weights_only=False)),
+    (lambda state, path: path.write_bytes(pickle.dumps(state)), lambda path: pickle.loads(path.read_bytes()))])
+def test_code_in_a_file_is_refused_and_does_not_run(tmp_path, save, load_unsafely):
+    Evil.target, path = tmp_path / "ran", tmp_path / "evil.pth"
+    save({"weight": Evil()}, path)
     for load in (load_checkpoint, U_net.from_checkpoint):
         with pytest.raises(ValueError, match="evil.pth: refused"):
-            load(tmp_path / "evil.pth")
+            load(path)
     assert not Evil.target.exists()
-    torch.load(tmp_path / "evil.pth", weights_only=False) if save is torch.save else pickle.loads((tmp_path / "evil.pth").read_bytes())
-    assert Evil.target.exists()  # the file would have done it
+    load_unsafely(path)
+    assert Evil.target.exists()  # so it was there to be run
 
 
 def test_damaged_missing_and_foreign_files_are_named(tmp_path):

@@ -99,7 +99,8 @@ def test_damaged_idx_files_are_named(tmp_path):
     whole = (MNIST / "t10k-labels-idx1-ubyte.gz").read_bytes()
     path = tmp_path / "images"
     flipped = whole[:2000] + bytes(255 - byte for byte in whole[2000:2010]) + whole[2010:]
-    for content, message in [(whole[:1000], "damaged gzip"), (flipped, "damaged gzip"), (b"\0\0\x08", "not an IDX file"), (b"hello", "not an IDX file"), (b"", "not an IDX file"),
+    for content, message in [(whole[:1000], "damaged gzip"), (flipped, "damaged gzip"),
+                             (b"\0\0\x08", "not an IDX file"), (b"hello", "not an IDX file"), (b"", "not an IDX file"),
                              (gzip.decompress(whole)[:-1], r"9999 bytes of data where its header says \[10000\]")]:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{re.escape(str(path))}: .*{message}"):
@@ -112,7 +113,7 @@ def test_damaged_idx_files_are_named(tmp_path):
 def test_labels_of_other_images_are_refused(tmp_path):
     write_idx(tmp_path / "images", np.zeros((2, 28, 28), np.uint8))
     write_idx(tmp_path / "labels", np.zeros(3, np.uint8))
-    with pytest.raises(ValueError, match="labels of shape \\(3,\\) for the 2 images"):
+    with pytest.raises(ValueError, match="labels of shape \\(3,\\) for 2 images"):
         ImageDataset(tmp_path / "images")
 
 
