@@ -7,31 +7,24 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 
-def save_checkpoint(state: dict, path: str | os.PathLike) -> None:
-    """Writes a dictionary of tensors and plain values to `path`, atomically; missing folders are made.
+@contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write, which takes the name `path` when the block ends, whole and on the disk; missing folders are made.
 
-    The bytes reach the disk under a temporary name in the same folder before the file takes its own name, so that
-    `path` holds the old file or the new one, never a part. Raises ValueError for a value that `load_checkpoint` would
-    refuse, and OSError where the disk is full or may not be written; the old file is then unhurt, and nothing else left.
+    Until then it has a temporary name in the same folder, so that `path` holds the old file or the new one, never a part.
+    Where the block raises, or the disk is full (OSError), the old file is unhurt and nothing else is left.
     """
     path = Path(path)
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    try:
-        torch.load(buffer, map_location="meta", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: not written, the state holds more than tensors and plain values") from error
-
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -44,6 +37,23 @@ def save_checkpoint(state: dict, path: str | os.PathLike) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def save_checkpoint(state: dict, path: str | os.PathLike) -> None:
+    """Writes a dictionary of tensors and plain values to `path` as an `atomic_file`.
+
+    Raises ValueError for a value that `load_checkpoint` would refuse, before anything is written, and OSError where the disk
+    is full or may not be written.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path}: not written, the state holds more than tensors and plain values") from error
+    with atomic_file(path) as file:
+        file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict:

@@ -1,22 +1,41 @@
 """Images on disk -> uint8 pixels, decoded once -> tensors in [-1, 1], and back to pixels."""
 
 import gzip
+import hashlib
+import json
 import math
 import os
+import statistics
+import tempfile
 import warnings
 import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import make_grid
+from tqdm.auto import tqdm
+
+from checkpoint import atomic_file
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
+FORMATS = ("PNG", "JPEG")  # all that Pillow may open, whatever a file calls itself
 MODES = {1: "L", 3: "RGB"}  # Pillow's names for grey and colour
+FITS = {
+    "crop": lambda image, size, background: ImageOps.fit(image, size, Image.Resampling.LANCZOS),
+    "pad": lambda image, size, background: ImageOps.pad(image, size, Image.Resampling.LANCZOS, color=background),
+    "squash": lambda image, size, background: image.resize(size, Image.Resampling.LANCZOS),
+}
+CACHE = ".pixels"  # the folder, inside a folder of images, that keeps what was decoded
 
 
 def to_image(x: Tensor) -> Tensor:
@@ -30,15 +49,17 @@ def image_grid(x: Tensor, columns: int, scale: int = 2) -> Image.Image:
     return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
 
 
-def flatten(image: Image.Image) -> Image.Image:
-    """The picture as a viewer shows it: turned upright (EXIF), 16-bit grey in 8 bits, transparency over white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image
+class Look(NamedTuple):
+    """How the pixels of an image are to be made; the arguments of ImageDataset by these names."""
+    height: int
+    width: int
+    channels: int
+    fit: str
+    background: str
+    flip: bool
 
+
+# An IDX file
 
 def read_idx(path: str | os.PathLike) -> Tensor:
     """Reads a file of unsigned bytes in the IDX format of MNIST (LeCun and Cortes), gzipped or not.
@@ -68,72 +89,261 @@ def find_labels(path: Path) -> Path | None:
     return next((file for file in (path.with_name(name), path.with_name(name + ".gz")) if file.is_file()), None)
 
 
+def read_idx_images(path: Path, look: Look, max_images: int | None) -> dict:
+    """An IDX file of images and the labels beside it, as `decode_folder` gives a folder."""
+    images, labels = read_idx(path), None
+    if images.ndim != 3 or not len(images):
+        raise ValueError(f"{path}: holds data of shape {tuple(images.shape)}; images are (N, H, W)")
+    labels_path = find_labels(path)
+    if labels_path is not None:
+        labels = read_idx(labels_path)
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"{labels_path}: labels of shape {tuple(labels.shape)} for {len(images)} images of {path}")
+        labels = labels[:max_images].repeat_interleave(1 + look.flip).tolist()
+    images = images[:max_images]
+    if images.shape[1:] != (look.height, look.width):
+        fit, size = FITS[look.fit], (look.width, look.height)
+        fitted = [np.asarray(fit(Image.fromarray(image), size, look.background)) for image in images.numpy()]
+        images = torch.from_numpy(np.stack(fitted))
+    pixels = images[:, None].expand(-1, look.channels, -1, -1)
+    if look.flip:
+        pixels = torch.stack([pixels, pixels.flip(-1)], dim=1).flatten(0, 1)
+    return {"pixels": pixels.contiguous(), "labels": labels, "classes": []}
+
+
+# A folder of images
+
+class Found(NamedTuple):
+    """What one file turned out to be: `reason` says why it cannot be used, and is empty if it can."""
+    name: str
+    reason: str
+    size: tuple[int, int] = (0, 0)
+    mode: str = ""
+    colourful: bool = False
+    digest: bytes = b""
+
+
+@dataclass
+class FolderReport:
+    """What was found in a folder; as text, a short report.
+
+    found, kept: files with the extension of an image, and those that became images. skipped: reason -> their names.
+    sizes, modes: "width x height" and Pillow's mode -> how many of the kept. duplicates: kept files equal to an earlier one.
+    channels, image_size: proposed: 3 where any image has colour; the usual shorter side as a multiple of 4, at most 64.
+    """
+    found: int
+    kept: int
+    skipped: dict[str, list[str]]
+    sizes: dict[str, int]
+    modes: dict[str, int]
+    duplicates: int
+    channels: int
+    image_size: int
+
+    @classmethod
+    def of(cls, files: list[Found]) -> "FolderReport":
+        kept = [file for file in files if not file.reason]
+        skipped = {reason: [file.name for file in files if file.reason == reason]
+                   for reason in sorted({file.reason for file in files} - {""})}
+        side = int(statistics.median(min(file.size) for file in kept)) if kept else 0
+        return cls(len(files), len(kept), skipped, dict(Counter("{} x {}".format(*file.size) for file in kept)),
+                   dict(Counter(file.mode for file in kept)), len(kept) - len({file.digest for file in kept}),
+                   3 if any(file.colourful for file in kept) else 1, min(64, max(8, side // 4 * 4)))
+
+    def __str__(self) -> str:
+        def most(counts):
+            named = ", ".join(f"{name} ({count})" for name, count in Counter(counts).most_common(3))
+            return named + ", ..." * (len(counts) > 3)
+        return "\n".join([
+            f"{self.kept} of {self.found} images kept, {self.duplicates} of them duplicates",
+            *[f"{len(names)} left out, {reason}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
+              for reason, names in self.skipped.items()],
+            f"sizes: {most(self.sizes)}; modes: {most(self.modes)}",
+            f"proposed: channels={self.channels}, image_size={self.image_size}"])
+
+
+def image_files(folder: Path) -> list[str]:
+    """The names, from `folder` on and sorted, of all files in it and below with the extension of an image.
+
+    Links are followed, but into no folder twice.
+    """
+    visited, files = set(), []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(root))
+        folders.sort()
+        within = os.path.relpath(root, folder)
+        files += [os.path.normpath(os.path.join(within, name)) for name in names if name.lower().endswith(EXTENSIONS)]
+    return sorted(files)
+
+
+def stamp(file: str) -> tuple[int, int] | None:
+    """Size and time of a file, which change with it; None where it is not there (a broken link)."""
+    try:
+        stat = os.stat(file)
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def flatten(image: Image.Image, background: str) -> Image.Image:
+    """The picture as a viewer shows it: turned upright (EXIF), 16-bit grey in 8 bits, transparency over `background`."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def decode(name: str, folder: Path, look: Look) -> tuple[np.ndarray | None, Found]:
+    """The pixels of one file, uint8 (C, H, W), or None, and what it turned out to be."""
+    file = folder / name
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            size, mode = image.size, image.mode
+            small = FITS[look.fit](flatten(image, look.background), (look.width, look.height), look.background)
+        colourful = np.ptp(np.asarray(small.convert("RGB")), axis=2).max() > 8  # JPEG tints grey a little
+        pixels = np.asarray(small.convert(MODES[look.channels])).reshape(look.height, look.width, look.channels)
+        digest = hashlib.md5(file.read_bytes()).digest()
+        return pixels.transpose(2, 0, 1), Found(name, "", size, mode, bool(colourful), digest)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        return None, Found(name, f"more than {Image.MAX_IMAGE_PIXELS} pixels")
+    except UnidentifiedImageError:
+        return None, Found(name, "neither PNG nor JPEG")
+    except OSError as error:
+        return None, Found(name, error.strerror or "damaged")
+    except Exception:  # a damaged file can fail in any part of any decoder
+        return None, Found(name, "damaged")
+
+
+def decode_all(folder: Path, names: list[str], look: Look, max_images: int | None, out: BinaryIO) -> list[Found]:
+    """Decodes files on all cores and writes the pixels to `out`, image after image, in the order of the names."""
+    found, room = [], max_images or len(names)
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        results = pool.map(partial(decode, folder=folder, look=look), names)
+        for pixels, file in tqdm(results, total=len(names), desc="decoding", unit=" images", leave=False):
+            found.append(file)
+            if pixels is not None:
+                out.write(pixels.tobytes())
+                if look.flip:
+                    out.write(pixels[:, :, ::-1].tobytes())
+                room -= 1
+            if not room:
+                pool.shutdown(cancel_futures=True)
+                break
+    return found
+
+
+def class_labels(names: list[str]) -> tuple[list[int] | None, list[str]]:
+    """Labels and their names from the first subfolders, where there are two or more and every image is in one."""
+    folders = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
+    classes = sorted(set(folders))
+    if len(classes) < 2 or "" in classes:
+        return None, []
+    label = {folder: number for number, folder in enumerate(classes)}
+    return [label[folder] for folder in folders], classes
+
+
+def decode_folder(folder: Path, names: list[str], look: Look, max_images: int | None, scratch: Path | None) -> dict:
+    """What the cache keeps: `pixels` (N, C, H, W), mapped from a nameless file in `scratch`, `labels` and the rest."""
+    with tempfile.TemporaryFile(dir=scratch) as out:
+        found = decode_all(folder, names, look, max_images, out)
+        report = FolderReport.of(found)
+        if report.kept < min(2, max_images or 2):
+            raise ValueError(f"{folder}: {report.kept} usable .png, .jpg or .jpeg, at least 2 are needed\n{report}")
+        out.flush()
+        pixels = np.memmap(out, np.uint8, "c").reshape(-1, look.channels, look.height, look.width)
+    labels, classes = class_labels([file.name for file in found if not file.reason for _ in range(1 + look.flip)])
+    return {"pixels": torch.from_numpy(pixels), "labels": labels, "classes": classes, "report": asdict(report)}
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in `folder`, which is made where it is missing."""
+    try:
+        folder.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
+
+
+def read_folder(folder: Path, look: Look, max_images: int | None, cache: bool) -> dict:
+    """What `decode_folder` gives, from the cache where the folder and the settings are those of an earlier start.
+
+    The cache is one file in `.pixels` in the folder, mapped into memory; a folder that cannot be written goes without.
+    """
+    names = image_files(folder)
+    if not names:
+        raise FileNotFoundError(f"no .png, .jpg or .jpeg under {folder}")
+    stamps = [(name, stamp(os.path.join(folder, name))) for name in names]
+    fingerprint = hashlib.md5(json.dumps([stamps, look, max_images]).encode()).hexdigest()
+    store = folder / CACHE / f"{fingerprint}.pth"
+    if cache and store.is_file():
+        return torch.load(store, mmap=True, weights_only=True)
+
+    if not (cache and is_writable(store.parent)):
+        return decode_folder(folder, names, look, max_images, scratch=None)
+    content = decode_folder(folder, names, look, max_images, scratch=store.parent)
+    with atomic_file(store) as file:
+        torch.save(content, file)
+    for stale in set(store.parent.glob("*.pth")) - {store}:
+        stale.unlink(missing_ok=True)
+    return content
+
+
 class ImageDataset(Dataset):
     """Images as float tensors in [-1, 1].
 
     path: a folder, searched recursively for .png, .jpg and .jpeg in any letter case, sorted by path; or one IDX file of
         images, gzipped or not, with its labels beside it.
-    image_size: height and width in pixels. Images of another size are cropped to a square in the centre and resized.
+    image_size: height and width in pixels, one number for both or a pair, each at least 8.
     channels: 1 for grey, 3 for colour; images of the other kind are converted.
     max_images: keep only the first so many (None: all).
+    fit: how an image of another shape gets into the size: "crop" to its centre, "pad" with `background`, or "squash".
+    background: the colour under transparent pixels and around padded images, by any name that Pillow knows.
+    flip: follow every image with its mirror image, left to right.
+    strict: raise ValueError where a file of a folder has to be left out, instead of reporting it.
+    cache: keep what a folder decoded to in `.pixels` in it, for the next start; a changed folder is decoded anew.
 
-    All pixels are decoded once, into `pixels`, uint8 (N, C, H, W). `labels` is int64 (N,), or None without a source.
+    All pixels are decoded once, into `pixels`, uint8 (N, C, H, W). `labels`, int64 (N,), are those beside an IDX file, or
+    the first subfolders, named in `classes`, where every image of a folder is in one; else None. `report` is a folder's
+    FolderReport, which is printed, too.
     data[i] -> (C, H, W) float32; data[slice] and data[tensor of B indices] -> (B, C, H, W), in one operation.
-    Raises FileNotFoundError where the path or images in it are missing, ValueError for a bad value or a damaged IDX file.
-    Warns once, naming the files, where some images of a folder cannot be read; the others are all there.
+    Raises FileNotFoundError where the path or images in it are missing; ValueError for a bad value, a damaged IDX file, or
+    fewer than two usable images.
     """
 
-    def __init__(self, path: str | os.PathLike, image_size: int = 28, channels: int = 1, max_images: int | None = None):
-        if image_size < 8:
+    def __init__(self, path: str | os.PathLike, image_size: int | tuple[int, int] = 28, channels: int = 1,
+                 max_images: int | None = None, *, fit: str = "crop", background: str = "white", flip: bool = False,
+                 strict: bool = False, cache: bool = True):
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if min(height, width) < 8:
             raise ValueError(f"image_size {image_size}: must be at least 8 pixels")
         if channels not in MODES:
             raise ValueError(f"channels {channels}: must be 1 for grey or 3 for colour")
         if max_images is not None and max_images < 1:
             raise ValueError(f"max_images {max_images}: must be at least 1, or None for all")
-        path = Path(path)
-        self.labels = None
+        if fit not in FITS:
+            raise ValueError(f"fit {fit!r}: choose from {', '.join(FITS)}")
+        ImageColor.getrgb(background)  # raises ValueError for what is no colour
+        path, look = Path(path), Look(height, width, channels, fit, background, flip)
         if path.is_dir():
-            self.pixels = self._read_folder(path, image_size, channels, max_images)
+            content = read_folder(path, look, max_images, cache)
+            self.report = FolderReport(**content["report"])
+            print(self.report)
+            if strict and self.report.skipped:
+                raise ValueError(f"{path}: strict, and not every file is an image\n{self.report}")
         elif path.is_file():
-            self.pixels = self._read_idx_images(path, image_size, channels, max_images)
+            content = read_idx_images(path, look, max_images)
+            self.report = None
         else:
             raise FileNotFoundError(f"{path}: no such folder or file; pass a folder of images or an IDX file")
-
-    def _read_folder(self, folder: Path, image_size: int, channels: int, max_images: int | None) -> Tensor:
-        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
-        images, bad = [], []
-        for file in files:
-            if len(images) == max_images:
-                break
-            try:
-                with Image.open(file) as image:
-                    image = flatten(image).convert(MODES[channels])
-                    image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
-                images.append(torch.from_numpy(np.array(image)).view(image_size, image_size, channels))
-            except Exception as error:  # a damaged file can fail in any part of any decoder
-                bad.append(f"{file} ({error})")
-        if bad:
-            warnings.warn(f"{len(bad)} of {len(files)} images cannot be read and are left out: {'; '.join(bad)}",
-                          stacklevel=3)
-        if not images:
-            raise FileNotFoundError(f"no readable .png, .jpg or .jpeg under {folder}")
-        return torch.stack(images).permute(0, 3, 1, 2).contiguous()
-
-    def _read_idx_images(self, path: Path, image_size: int, channels: int, max_images: int | None) -> Tensor:
-        images = read_idx(path)
-        if images.ndim != 3 or not len(images):
-            raise ValueError(f"{path}: holds data of shape {tuple(images.shape)}; images are (N, H, W)")
-        labels_path = find_labels(path)
-        if labels_path is not None:
-            labels = read_idx(labels_path)
-            if labels.shape != images.shape[:1]:
-                raise ValueError(f"{labels_path}: labels of shape {tuple(labels.shape)} for {len(images)} images of {path}")
-            self.labels = labels[:max_images].long()
-        images = images[:max_images, None]
-        if images.shape[-2:] != (image_size, image_size):
-            square = transforms.center_crop(images, min(images.shape[-2:]))
-            images = transforms.resize(square, [image_size, image_size], antialias=True)
-        return images.repeat(1, channels, 1, 1)
+        self.pixels, self.classes = content["pixels"], content["classes"]
+        self.labels = None if content["labels"] is None else torch.tensor(content["labels"])
 
     def __len__(self) -> int:
         return len(self.pixels)

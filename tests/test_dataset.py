@@ -1,13 +1,19 @@
 import gzip
 import hashlib
+import io
+import math
+import os
 import re
+import resource
 import struct
-import warnings
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from dataset_loader import ImageDataset, image_grid, read_idx, to_image
@@ -20,11 +26,6 @@ MD5 = {
     "t10k-images-idx3-ubyte.gz": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte.gz": "27ae3e4e09519cfbb04c329615203637",
 }
-
-
-def write_image(path, value, size=(10, 10), mode="RGB"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, value).save(path)
 
 
 def write_idx(path, array, compress=False):
@@ -119,6 +120,15 @@ def test_labels_of_other_images_are_refused(tmp_path):
 
 # Folders
 
+def write_image(path, value, size=(10, 10), mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value).save(path, **options)
+
+
+def first_pixels(data):
+    return data.pixels[:, 0, 0, 0].tolist()
+
+
 def test_folder_is_searched_recursively_in_a_fixed_order(tmp_path):
     for value, name in enumerate(["a.png", "b/z.png", "b/é 数字.PNG", "c.JPG", "d.jpeg"]):
         write_image(tmp_path / name, (value, value, value))
@@ -126,54 +136,226 @@ def test_folder_is_searched_recursively_in_a_fixed_order(tmp_path):
     (tmp_path / "folder.png").mkdir()
     data = ImageDataset(tmp_path, channels=3)
     assert data.pixels.shape == (5, 3, 28, 28) and data.labels is None
-    assert data.pixels[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
+    assert first_pixels(data) == [0, 1, 2, 3, 4]
 
 
-def test_grey_and_colour(tmp_path):
-    write_image(tmp_path / "red.png", (255, 0, 0))
-    write_image(tmp_path / "white.png", 255, mode="L")
-    colour, grey = ImageDataset(tmp_path, channels=3), ImageDataset(tmp_path, channels=1)
-    assert colour[0][:, 0, 0].tolist() == [1, -1, -1] and colour[1][:, 0, 0].tolist() == [1, 1, 1]
-    assert grey.pixels[:, 0, 0, 0].tolist() == [76, 255]  # ITU-R 601: 0.299 * 255
+def test_the_report_says_what_is_there(tmp_path, capsys):
+    write_image(tmp_path / "a.png", (255, 0, 0), size=(50, 41))
+    write_image(tmp_path / "b.png", (255, 0, 0), size=(50, 41))
+    write_image(tmp_path / "c.jpg", 7, size=(48, 48), mode="L")
+    (tmp_path / "d.png").write_text("hello")
+    report = ImageDataset(tmp_path).report
+    assert (report.found, report.kept, report.duplicates) == (4, 3, 1)
+    assert report.sizes == {"50 x 41": 2, "48 x 48": 1} and report.modes == {"RGB": 2, "L": 1}
+    assert report.skipped == {"neither PNG nor JPEG": ["d.png"]}
+    assert (report.channels, report.image_size) == (3, 40)
+    printed = capsys.readouterr().out
+    assert "3 of 4 images kept, 1 of them duplicates" in printed and "1 left out, neither PNG nor JPEG: d.png" in printed
+    assert "proposed: channels=3, image_size=40" in printed
 
 
-def test_transparency_is_white_and_16_bit_grey_keeps_its_shades(tmp_path):
-    write_image(tmp_path / "a.png", (0, 0, 0, 0), mode="RGBA")
-    Image.fromarray(np.full((10, 10), 200 * 256 + 17, np.uint16)).save(tmp_path / "b.png")
-    assert ImageDataset(tmp_path).pixels[:, 0, 0, 0].tolist() == [255, 200]
+def test_strict_refuses_what_would_be_left_out(tmp_path):
+    for name in "ab":
+        write_image(tmp_path / f"{name}.png", 0, mode="L")
+    ImageDataset(tmp_path, strict=True)
+    (tmp_path / "c.png").write_text("hello")
+    with pytest.raises(ValueError, match="strict.*\n.*\n.*c.png"):
+        ImageDataset(tmp_path, strict=True)
 
 
-def test_other_sizes_are_cropped_in_the_centre_and_resized(tmp_path):
+def test_subfolders_become_labels_where_every_image_is_in_one(tmp_path):
+    for value, name in enumerate(["cat/1.png", "cat/deeper/2.png", "dog/1.png"]):
+        write_image(tmp_path / name, value, mode="L")
+    data = ImageDataset(tmp_path)
+    assert data.labels.tolist() == [0, 0, 1] and data.classes == ["cat", "dog"]
+    write_image(tmp_path / "stray.png", 9, mode="L")
+    assert ImageDataset(tmp_path).labels is None
+
+
+def test_other_shapes_are_cropped_padded_or_squashed(tmp_path):
     image = Image.new("RGB", (60, 20), (0, 0, 255))
     image.paste((0, 255, 0), (20, 0, 40, 20))
-    image.save(tmp_path / "wide.png")
-    data = ImageDataset(tmp_path, image_size=16, channels=3)
-    assert (data.pixels[0, 1, :, 1:-1] == 255).all() and (data.pixels[0, 2, :, 1:-1] == 0).all()
+    for name in "ab":
+        image.save(tmp_path / f"{name}.png")
+
+    def colours(fit, rows, columns):
+        data = ImageDataset(tmp_path, image_size=24, channels=3, fit=fit, background="red")
+        return data.pixels[0, :, rows, columns].T.tolist()
+    red, green, blue = [255, 0, 0], [0, 255, 0], [0, 0, 255]
+    assert colours("crop", [12, 12, 12, 1], [3, 12, 20, 12]) == [green] * 4
+    assert colours("squash", [12, 12, 12, 1], [0, 12, 23, 12]) == [blue, green, blue, green]
+    assert colours("pad", [12, 12, 12, 1], [0, 12, 23, 12]) == [blue, green, blue, red]
 
 
-def test_corrupt_files_are_named_in_one_message_and_no_good_one_is_lost(tmp_path):
-    for value in range(4):
+def test_image_size_may_be_a_pair(tmp_path):
+    for name in "ab":
+        write_image(tmp_path / f"{name}.png", 5, mode="L")
+    assert ImageDataset(tmp_path, image_size=(9, 31)).pixels.shape == (2, 1, 9, 31)
+    write_idx(tmp_path / "images", np.full((2, 20, 30), 100, np.uint8))
+    assert ImageDataset(tmp_path / "images", image_size=(9, 31)).pixels.shape == (2, 1, 9, 31)
+
+
+@pytest.mark.parametrize("colour, mode, options, expected", [
+    ((255, 0, 0), "RGB", {}, [255, 0, 0]),
+    (77, "L", {}, [77, 77, 77]),
+    ((0, 0, 0, 0), "RGBA", {}, [0, 128, 0]),
+    ((200, 10, 30, 255), "RGBA", {}, [200, 10, 30]),
+    ((9, 0), "LA", {}, [0, 128, 0]),
+    (0, "P", {"transparency": 0}, [0, 128, 0]),
+    (1, "1", {}, [255, 255, 255])])
+def test_every_mode_of_png_gives_what_a_viewer_shows(tmp_path, colour, mode, options, expected):
+    for name in "ab":
+        write_image(tmp_path / f"{name}.png", colour, mode=mode, **options)
+    data = ImageDataset(tmp_path, channels=3, background="green")
+    assert data.pixels[0, :, 14, 14].tolist() == expected
+
+
+def test_cmyk_jpeg_becomes_rgb(tmp_path):
+    for name in "ab":
+        write_image(tmp_path / f"{name}.jpg", (0, 255, 255, 0), mode="CMYK", quality=100)
+    assert (ImageDataset(tmp_path, channels=3).pixels[0, :, 5, 5] - torch.tensor([255, 0, 0])).abs().max() < 8
+
+
+def test_16_bit_grey_keeps_its_256_levels(tmp_path):
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    for name in "ab":
+        Image.fromarray(levels * 256 + 17).save(tmp_path / f"{name}.png")
+    assert np.array_equal(ImageDataset(tmp_path, image_size=16).pixels[0, 0].numpy(), levels)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("L", (16, 16), 0)
+    image.paste(255, (0, 0, 16, 8))  # the upper half is white, and a viewer turns it to the right
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in "ab":
+        image.save(tmp_path / f"{name}.jpg", exif=exif, quality=100)
+    pixels = ImageDataset(tmp_path, image_size=16).pixels[0, 0]
+    assert (pixels[:, :7] < 20).all() and (pixels[:, 9:] > 235).all()
+
+
+def test_the_first_frame_of_an_animation_counts(tmp_path):
+    frames = [Image.new("L", (10, 10), value) for value in (50, 200)]
+    for name in "ab":
+        frames[0].save(tmp_path / f"{name}.png", save_all=True, append_images=frames[1:])
+    assert first_pixels(ImageDataset(tmp_path)) == [50, 50]
+
+
+def test_flip_follows_every_image_with_its_mirror_image(tmp_path):
+    for value, folder in ((10, "x"), (20, "y")):
+        image = Image.new("L", (16, 16), value)
+        image.paste(255, (0, 0, 8, 16))
+        (tmp_path / folder).mkdir()
+        image.save(tmp_path / folder / "1.png")
+    data = ImageDataset(tmp_path, image_size=16, flip=True)
+    assert data.pixels[:, 0, 0, [0, 15]].tolist() == [[255, 10], [10, 255], [255, 20], [20, 255]]
+    assert data.labels.tolist() == [0, 0, 1, 1]
+    digits = MNIST / "t10k-images-idx3-ubyte.gz"
+    plain, flipped = ImageDataset(digits, max_images=3), ImageDataset(digits, max_images=3, flip=True)
+    assert torch.equal(flipped.pixels[0::2], plain.pixels) and torch.equal(flipped.pixels[1::2], plain.pixels.flip(-1))
+    assert flipped.labels.tolist() == [7, 7, 2, 2, 1, 1]
+
+
+def test_corrupt_files_are_named_and_no_good_one_is_lost(tmp_path):
+    for value in range(5):
         write_image(tmp_path / f"{value}.png", (value, value, value), size=(40, 40))
     whole = (tmp_path / "1.png").read_bytes()
     (tmp_path / "1.png").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "2.png").write_text("hello")
-    with pytest.warns(UserWarning) as caught:
-        data = ImageDataset(tmp_path, channels=3)
-    assert len(caught) == 1
-    message = str(caught[0].message)
-    assert message.startswith("2 of 4 images cannot be read") and "1.png" in message and "2.png" in message
-    assert data.pixels[:, 0, 0, 0].tolist() == [0, 3]
+    Image.new("L", (10, 10)).save(tmp_path / "3.png", format="GIF")  # a format that Pillow knows and nobody asked for
+    (tmp_path / "5.png").symlink_to(tmp_path / "gone.png")
+    data = ImageDataset(tmp_path, channels=3)
+    assert first_pixels(data) == [0, 4]
+    assert data.report.skipped["neither PNG nor JPEG"] == ["2.png", "3.png"]
+    assert sorted(name for names in data.report.skipped.values() for name in names) == ["1.png", "2.png", "3.png", "5.png"]
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
+    for name in "ab":
+        write_image(tmp_path / f"{name}.png", 0, mode="L")
+    side = math.isqrt(Image.MAX_IMAGE_PIXELS) + 1
+    write_image(tmp_path / "bomb.png", 0, size=(side, side), mode="1")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data = ImageDataset(tmp_path)
+    assert data.report.skipped == {f"more than {Image.MAX_IMAGE_PIXELS} pixels": ["bomb.png"]}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "folder"
+    write_image(elsewhere / "a.png", 1, mode="L")
+    write_image(folder / "b.png", 2, mode="L")
+    (folder / "c").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(folder)
+    assert first_pixels(ImageDataset(folder)) == [2, 1]
 
 
 def test_nothing_to_read_is_an_error_that_names_the_place(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"no readable .png, .jpg or .jpeg under {re.escape(str(tmp_path))}"):
+    with pytest.raises(FileNotFoundError, match=f"no .png, .jpg or .jpeg under {re.escape(str(tmp_path))}"):
         ImageDataset(tmp_path)
     with pytest.raises(FileNotFoundError, match="missing: no such folder or file"):
         ImageDataset(tmp_path / "missing")
+    write_image(tmp_path / "a.png", 0)
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}: 1 usable .png, .jpg or .jpeg, at least 2"):
+        ImageDataset(tmp_path)
+
+
+def test_the_second_start_decodes_nothing_and_a_changed_folder_is_noticed(tmp_path, monkeypatch):
+    for value in range(3):
+        write_image(tmp_path / f"{value}.png", value, mode="L")
+    first = ImageDataset(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("dataset_loader.decode", None)  # a call would fail
+        second = ImageDataset(tmp_path)
+        assert torch.equal(first.pixels, second.pixels) and first.report == second.report
+    write_image(tmp_path / "1.png", 99, mode="L")
+    assert first_pixels(ImageDataset(tmp_path)) == [0, 99, 2]
+    write_image(tmp_path / "3.png", 3, mode="L")
+    assert first_pixels(ImageDataset(tmp_path)) == [0, 99, 2, 3]
+    assert ImageDataset(tmp_path, image_size=8).pixels.shape == (4, 1, 8, 8)
+    assert len(os.listdir(tmp_path / ".pixels")) == 1
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_it_works_without_the_cache(tmp_path, cache):
+    for value in range(3):
+        write_image(tmp_path / f"{value}.png", value, mode="L")
+    if cache:
+        (tmp_path / ".pixels").touch()  # where the folder of the cache would have to be
+    assert first_pixels(ImageDataset(tmp_path, cache=cache)) == [0, 1, 2]
+    assert not (tmp_path / ".pixels").is_dir()
+
+
+@settings(max_examples=60, deadline=None)
+@given(files=st.lists(st.one_of(
+    st.binary(max_size=300),
+    st.builds(lambda mode, width, height, jpeg, cut: (mode, width, height, jpeg, cut),
+              st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"]), st.integers(1, 60), st.integers(1, 60),
+              st.booleans(), st.integers(0, 400))), min_size=1, max_size=6),
+    channels=st.sampled_from([1, 3]), fit=st.sampled_from(["crop", "pad", "squash"]))
+def test_whatever_a_folder_holds_the_good_images_come_out(files, channels, fit):
+    with tempfile.TemporaryDirectory() as folder:
+        for i, content in enumerate(files):
+            if not isinstance(content, bytes):
+                mode, width, height, jpeg, cut = content
+                jpeg = jpeg and mode in ("1", "L", "RGB", "CMYK")
+                buffer = io.BytesIO()
+                Image.new("L" if mode == "CMYK" and not jpeg else mode, (width, height)).save(buffer, "JPEG" if jpeg else "PNG")
+                content = buffer.getvalue()[:-cut or None] if cut > 200 else buffer.getvalue()
+            Path(folder, f"{i}.png").write_bytes(content)
+        good = sum(not isinstance(content, bytes) and content[-1] <= 200 for content in files)
+        try:
+            data = ImageDataset(folder, image_size=12, channels=channels, fit=fit)
+        except ValueError as error:
+            assert "at least 2 are needed" in str(error) and good < 2
+        else:
+            assert data[:].shape == (data.report.kept, channels, 12, 12) and data.report.kept >= good
+            assert data[:].min() >= -1 and data[:].max() <= 1
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ({"image_size": 7}, "image_size 7"), ({"channels": 2}, "channels 2"), ({"max_images": 0}, "max_images 0")])
+    ({"image_size": 7}, "image_size 7"), ({"channels": 2}, "channels 2"), ({"max_images": 0}, "max_images 0"),
+    ({"fit": "stretch"}, "fit 'stretch': choose from crop, pad, squash"), ({"background": "whyte"}, "whyte")])
 def test_bad_arguments_are_refused(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         ImageDataset(tmp_path, **arguments)
