@@ -64,10 +64,10 @@ def test_train_on_mnist_then_generate(tmp_path):
 def test_train_on_a_folder_of_colour_images_then_generate(tmp_path):
     for i in range(12):
         Image.new("RGB", (40, 30), (20 * i, 100, 200)).save(tmp_path / f"{i}.png")
-    train(tmp_path, data_path=str(tmp_path), image_size=20, in_channels=3)
+    train(tmp_path, data_path=str(tmp_path), image_size=[20, 24], in_channels=3)
     out, printed = generate(tmp_path, num_images=2, num_steps=10, sampler="ddim")
-    assert Image.open(out / "x_1.png").size == (20, 20) and Image.open(out / "x_1.png").mode == "RGB"
-    assert "20 x 20 pixels, 3 channel(s)" in printed
+    assert Image.open(out / "x_1.png").size == (24, 20) and Image.open(out / "x_1.png").mode == "RGB"
+    assert "20 x 24 pixels, 3 channel(s)" in printed
 
 
 @pytest.mark.parametrize("stop_after", [4, 6])  # of 4 steps an epoch: at an epoch's end, and in the middle of one
@@ -90,6 +90,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, stop_afte
     assert one["losses"] == other["losses"] and len(one["losses"]) == 8
     del one["ema"]["module._extra_state"], other["ema"]["module._extra_state"]  # says how many seconds the run took
     assert all(same(one[part], other[part]) for part in ("model", "ema", "optimizer", "lr_schedule"))
+    if stop_after == 4:
+        train(parts, num_epochs=3, resume=True)  # a finished run trains on
+        assert len(load_checkpoint(parts / "run" / "state.pth")["losses"]) == 12
 
 
 def test_a_gradient_that_is_not_finite_stops_before_a_weight_changes(tmp_path):
