@@ -70,29 +70,45 @@ def test_train_on_a_folder_of_colour_images_then_generate(tmp_path):
     assert "20 x 24 pixels, 3 channel(s)" in printed
 
 
-@pytest.mark.parametrize("stop_after", [4, 6])  # of 4 steps an epoch: at an epoch's end, and in the middle of one
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, stop_after):
-    """Stopped by the signal of Jupyter's Stop button, then resumed in a fresh process: on a CPU not one bit differs."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir()
-    parts.mkdir()
-    train(whole, num_epochs=2)
-    stop = ("import os, signal\ndef after_a_step(*_):\n"
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The state after two epochs of four steps, on the CPU, where a run can be repeated to the bit."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        train(folder, num_epochs=2)
+    return load_checkpoint(folder / "run" / "state.pth")
+
+
+def train_and_stop(folder, stop_after):
+    """Starts the run of `uninterrupted` and sends it the signal of Jupyter's Stop button in the middle of a step."""
+    stop = ("import os, signal\ndef after_the_optimizer(*_):\n"
             f"    if len(losses) + 1 == {stop_after}: os.kill(os.getpid(), signal.SIGINT)\n"
-            "optimizer.register_step_post_hook(after_a_step)")
-    with pytest.raises(papermill.PapermillExecutionError, match=f"stopped after step {stop_after}; resume=True goes on from .*state.pth"):
-        train(parts, stop, num_epochs=2)
+            "optimizer.register_step_post_hook(after_the_optimizer)")
+    message = f"stopped after step {stop_after}; resume=True goes on from .*state.pth"
+    with pytest.raises(papermill.PapermillExecutionError, match=message):
+        train(folder, stop, num_epochs=2)
+
+
+@pytest.mark.parametrize("stop_after", [4, 6])  # at the end of an epoch, and in the middle of one
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, uninterrupted, stop_after):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    train_and_stop(tmp_path, stop_after)
+    train(tmp_path, num_epochs=2, resume=True)
+    resumed = load_checkpoint(tmp_path / "run" / "state.pth")
+    assert len(resumed["losses"]) == 8 and resumed["losses"] == uninterrupted["losses"]
+    for part in ("model", "ema", "optimizer", "lr_schedule"):
+        one, other = ({name: value for name, value in state[part].items() if not name.endswith("_extra_state")}
+                      for state in (resumed, uninterrupted))  # which says how many seconds the run took
+        assert same(one, other)
+
+
+def test_a_resume_may_train_on_but_not_otherwise_differ(tmp_path):
+    train(tmp_path)
     with pytest.raises(papermill.PapermillExecutionError, match="learning_rate: the run in .* has 0.001, .* has 0.5"):
-        train(parts, num_epochs=2, resume=True, learning_rate=0.5)
-    train(parts, num_epochs=2, resume=True)
-    one, other = (load_checkpoint(folder / "run" / "state.pth") for folder in (whole, parts))
-    assert one["losses"] == other["losses"] and len(one["losses"]) == 8
-    del one["ema"]["module._extra_state"], other["ema"]["module._extra_state"]  # says how many seconds the run took
-    assert all(same(one[part], other[part]) for part in ("model", "ema", "optimizer", "lr_schedule"))
-    if stop_after == 4:
-        train(parts, num_epochs=3, resume=True)  # a finished run trains on
-        assert len(load_checkpoint(parts / "run" / "state.pth")["losses"]) == 12
+        train(tmp_path, resume=True, learning_rate=0.5)
+    train(tmp_path, resume=True, num_epochs=2)
+    assert len(load_checkpoint(tmp_path / "run" / "state.pth")["losses"]) == 8
 
 
 def test_a_gradient_that_is_not_finite_stops_before_a_weight_changes(tmp_path):
