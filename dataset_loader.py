@@ -36,6 +36,7 @@ FITS = {
     "squash": lambda image, size, background: image.resize(size, Image.Resampling.LANCZOS),
 }
 CACHE = ".pixels"  # the folder, inside a folder of images, that keeps what was decoded
+VERSION = 1  # of what is kept: another one whenever the same files would give other pixels or another report
 
 
 def to_image(x: Tensor) -> Tensor:
@@ -113,6 +114,9 @@ def read_idx_images(path: Path, look: Look, max_images: int | None) -> dict:
 
 # A folder of images
 
+UNREADABLE = "cannot be read"  # the fault of the disk or of rights, not of the image
+
+
 class Found(NamedTuple):
     """What one file turned out to be: `reason` says why it cannot be used, and is empty if it can."""
     name: str
@@ -127,7 +131,7 @@ class Found(NamedTuple):
 class FolderReport:
     """What was found in a folder; as text, a short report.
 
-    found, kept: files with the extension of an image, and those that became images. skipped: reason -> their names.
+    found, kept: files looked at, and those that became images. skipped: reason -> the names of the others.
     sizes, modes: "width x height" and Pillow's mode -> how many of the kept. duplicates: kept files equal to an earlier one.
     channels, image_size: proposed: 3 where any image has colour; the usual shorter side as a multiple of 4, at most 64.
     """
@@ -165,10 +169,13 @@ class FolderReport:
 def image_files(folder: Path) -> list[str]:
     """The names, from `folder` on and sorted, of all files in it and below with the extension of an image.
 
-    Links are followed, but into no folder twice.
+    Links are followed, but into no folder twice. Raises OSError where a folder cannot be read.
     """
+    def stop(error):
+        raise error
+
     visited, files = set(), []
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         if os.path.realpath(root) in visited:
             folders.clear()
             continue
@@ -180,12 +187,12 @@ def image_files(folder: Path) -> list[str]:
 
 
 def stamp(file: str) -> tuple[int, int] | None:
-    """Size and time of a file, which change with it; None where it is not there (a broken link)."""
+    """Size and time of a file, which change with it and its rights; None where it is not there (a broken link)."""
     try:
         stat = os.stat(file)
     except OSError:
         return None
-    return stat.st_size, stat.st_mtime_ns
+    return stat.st_size, stat.st_ctime_ns
 
 
 def flatten(image: Image.Image, background: str) -> Image.Image:
@@ -207,14 +214,16 @@ def decode(name: str, folder: Path, look: Look) -> tuple[np.ndarray | None, Foun
             small = FITS[look.fit](flatten(image, look.background), (look.width, look.height), look.background)
         colourful = np.ptp(np.asarray(small.convert("RGB")), axis=2).max() > 8  # JPEG tints grey a little
         pixels = np.asarray(small.convert(MODES[look.channels])).reshape(look.height, look.width, look.channels)
-        digest = hashlib.md5(file.read_bytes()).digest()
+        digest = hashlib.blake2b(file.read_bytes()).digest()
         return pixels.transpose(2, 0, 1), Found(name, "", size, mode, bool(colourful), digest)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         return None, Found(name, f"more than {Image.MAX_IMAGE_PIXELS} pixels")
     except UnidentifiedImageError:
         return None, Found(name, "neither PNG nor JPEG")
     except OSError as error:
-        return None, Found(name, error.strerror or "damaged")
+        return None, Found(name, f"{UNREADABLE}: {error.strerror}" if error.errno else "damaged")
+    except MemoryError:
+        raise
     except Exception:  # a damaged file can fail in any part of any decoder
         return None, Found(name, "damaged")
 
@@ -225,16 +234,18 @@ def decode_all(folder: Path, names: list[str], look: Look, max_images: int | Non
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         results = pool.map(partial(decode, folder=folder, look=look), names)
-        for pixels, file in tqdm(results, total=len(names), desc="decoding", unit=" images", leave=False):
-            found.append(file)
-            if pixels is not None:
-                out.write(pixels.tobytes())
-                if look.flip:
-                    out.write(pixels[:, :, ::-1].tobytes())
-                room -= 1
-            if not room:
-                pool.shutdown(cancel_futures=True)
-                break
+        try:
+            for pixels, file in tqdm(results, total=len(names), desc="decoding", unit=" images", leave=False):
+                found.append(file)
+                if pixels is not None:
+                    out.write(pixels.tobytes())
+                    if look.flip:
+                        out.write(pixels[:, :, ::-1].tobytes())
+                    room -= 1
+                if not room:
+                    break
+        finally:
+            pool.shutdown(cancel_futures=True)
     return found
 
 
@@ -280,19 +291,25 @@ def read_folder(folder: Path, look: Look, max_images: int | None, cache: bool) -
     if not names:
         raise FileNotFoundError(f"no .png, .jpg or .jpeg under {folder}")
     stamps = [(name, stamp(os.path.join(folder, name))) for name in names]
-    fingerprint = hashlib.md5(json.dumps([stamps, look, max_images]).encode()).hexdigest()
-    store = folder / CACHE / f"{fingerprint}.pth"
+    settings, files = (hashlib.blake2b(json.dumps(part).encode(), digest_size=12).hexdigest()
+                       for part in ((VERSION, look, max_images), stamps))
+    store = folder / CACHE / f"{settings}-{files}.pth"
     if cache and store.is_file():
-        return torch.load(store, mmap=True, weights_only=True)
+        try:
+            return torch.load(store, mmap=True, weights_only=True)
+        except Exception:  # a damaged cache is made anew
+            store.unlink()
 
     if not (cache and is_writable(store.parent)):
         return decode_folder(folder, names, look, max_images, scratch=None)
     content = decode_folder(folder, names, look, max_images, scratch=store.parent)
+    if any(reason.startswith(UNREADABLE) for reason in content["report"]["skipped"]):
+        return content  # and look again at the next start
     with atomic_file(store) as file:
         torch.save(content, file)
-    for stale in set(store.parent.glob("*.pth")) - {store}:
+    for stale in {*store.parent.glob(f"{settings}-*"), *store.parent.glob(f".{settings}-*")} - {store}:
         stale.unlink(missing_ok=True)
-    return content
+    return torch.load(store, mmap=True, weights_only=True)
 
 
 class ImageDataset(Dataset):
@@ -314,7 +331,7 @@ class ImageDataset(Dataset):
     FolderReport, which is printed, too.
     data[i] -> (C, H, W) float32; data[slice] and data[tensor of B indices] -> (B, C, H, W), in one operation.
     Raises FileNotFoundError where the path or images in it are missing; ValueError for a bad value, a damaged IDX file, or
-    fewer than two usable images.
+    fewer than two usable images in a folder.
     """
 
     def __init__(self, path: str | os.PathLike, image_size: int | tuple[int, int] = 28, channels: int = 1,

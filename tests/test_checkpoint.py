@@ -112,6 +112,7 @@ def test_signals_wait_until_the_block_asks_and_are_themselves_again_after_it():
 
 
 def save_forever(path, started):
+    torch.set_num_threads(1)  # the threads of the parent are not in its fork
     for number in itertools.count():
         save_checkpoint({"number": number, "weight": torch.full((100_000,), float(number))}, path)
         started.set()
@@ -122,7 +123,7 @@ def test_a_killed_save_leaves_the_old_file_or_the_new_one(tmp_path):
     path, fork, moments = tmp_path / "state.pth", multiprocessing.get_context("fork"), random.Random(0)
     for _ in range(50):
         started = fork.Event()
-        child = fork.Process(target=save_forever, args=(path, started))
+        child = fork.Process(target=save_forever, args=(path, started), daemon=True)
         child.start()
         assert started.wait(60)
         time.sleep(moments.uniform(0, 0.02))
