@@ -4,7 +4,8 @@ The timestep t = 0 ... T-1 in code is the paper's t = 1 ... T, and t = -1 is the
 so that the last step is like every other and needs no branch.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 Generators = torch.Generator | list[torch.Generator] | None
-SAMPLERS = ("ddpm", "ddim")
+SAMPLERS = ("ddpm", "ddim", "dpm_solver")
 
 
 def random_stream(*numbers: int, device: str | torch.device = "cpu") -> torch.Generator:
@@ -64,24 +65,26 @@ class NoiseScheduler(nn.Module):
         self.register_buffer("beta", beta.float())
         self.register_buffer("alpha", (1 - beta).float())
         self.register_buffer("alpha_bar", alpha_bar.float())
-        self.register_buffer("_alpha_bar", torch.cat([torch.ones(1).double(), alpha_bar]), persistent=False)  # from t = -1
+        alpha_bar = torch.cat([torch.ones(1).double(), alpha_bar])  # from t = -1
+        self.register_buffer("_alpha_bar", alpha_bar, persistent=False)
+        self._alpha_bar_float = alpha_bar.tolist()
         self.to(device)
 
-    def _alpha_bar_at(self, t: int | Tensor, like: Tensor, first: int = 0) -> Tensor:
-        """alpha_bar_t in float64, shaped to multiply `like`: () for an int t, (B, 1, 1, 1) for t (B,).
+    def _alpha_bar_at(self, t: int | Tensor, like: Tensor, first: int = 0) -> float | Tensor:
+        """alpha_bar_t in float64 to multiply `like` by: a number for an int t, of shape (B, 1, 1, 1) for t (B,).
 
         Raises ValueError where t is not in first ... T-1; a t on a GPU is not looked at, which would halt the queue of work.
         """
         if not isinstance(t, Tensor):
             self._check_range(t, t, first)
-            return self._alpha_bar[t + 1]
+            return self._alpha_bar_float[t + 1]
         if t.shape != like.shape[:1]:
             raise ValueError(f"t of shape {tuple(t.shape)}: must be ({len(like)},), one timestep for each image")
         if t.device.type == "cpu":
             self._check_range(*t.aminmax(), first)
         return self._alpha_bar[t + 1].view(-1, *[1] * (like.ndim - 1))
 
-    def _alpha_bars(self, t: int | Tensor, s: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _alpha_bars(self, t: int | Tensor, s: int | Tensor, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
         if not isinstance(t, Tensor) and s >= t:
             raise ValueError(f"a step from timestep {t} to {s}: must go to an earlier one")
         return self._alpha_bar_at(t, like), self._alpha_bar_at(s, like, first=-1)
@@ -97,7 +100,7 @@ class NoiseScheduler(nn.Module):
         x0, noise (B, C, H, W), x0 in [-1, 1], noise standard normal; t (B,) int64 -> x_t (B, C, H, W).
         """
         alpha_bar = self._alpha_bar_at(t, x0)
-        return alpha_bar.sqrt().to(x0.dtype) * x0 + (1 - alpha_bar).sqrt().to(x0.dtype) * noise
+        return (alpha_bar**0.5).to(x0.dtype) * x0 + ((1 - alpha_bar)**0.5).to(x0.dtype) * noise
 
     def sample_prev_timestep(self, xt: Tensor, noise_pred: Tensor, t: int | Tensor,
                              generator: Generators = None) -> Tensor:
@@ -117,8 +120,8 @@ class NoiseScheduler(nn.Module):
         alpha_bar_t, alpha_bar_s = self._alpha_bars(t, s, xt)
         alpha = alpha_bar_t / alpha_bar_s
         beta = 1 - alpha
-        mean = (xt - beta / (1 - alpha_bar_t).sqrt() * noise_pred) / alpha.sqrt()
-        sigma = ((1 - alpha_bar_s) / (1 - alpha_bar_t) * beta).sqrt()
+        mean = (xt - beta / (1 - alpha_bar_t)**0.5 * noise_pred) / alpha**0.5
+        sigma = ((1 - alpha_bar_s) / (1 - alpha_bar_t) * beta)**0.5
         return (mean + sigma * gaussian_noise(xt, generator)).to(xt.dtype)
 
     def ddim_step(self, xt: Tensor, noise_pred: Tensor, t: int | Tensor, s: int | Tensor, eta: float = 0.0,
@@ -128,19 +131,51 @@ class NoiseScheduler(nn.Module):
         eta = 0 adds none, and x_0 is then a function of the first x_t; eta = 1 is the ancestral step.
         """
         alpha_bar_t, alpha_bar_s = self._alpha_bars(t, s, xt)
-        x0 = (xt - (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_bar_t.sqrt()
-        sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)).sqrt()
-        xs = alpha_bar_s.sqrt() * x0 + (1 - alpha_bar_s - sigma**2).clamp(min=0).sqrt() * noise_pred
+        x0 = (xt - (1 - alpha_bar_t)**0.5 * noise_pred) / alpha_bar_t**0.5
+        sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s))**0.5
+        xs = alpha_bar_s**0.5 * x0 + (1 - alpha_bar_s - sigma**2)**0.5 * noise_pred
         if eta > 0:
             xs = xs + sigma * gaussian_noise(xt, generator)
         return xs.to(xt.dtype)
 
+    def dpm_solver(self, eta: float = 1.0) -> Callable[..., Tensor]:
+        """A second-order multistep solver, DPM-Solver++(2M) of Lu et al. 2022: Algorithm 2 with eta = 0, its SDE with eta = 1.
+
+        The image x̂_0 seen at t is carried on towards s as it moved on the step before, from u to t. With half the log of the
+        signal-to-noise ratio, λ = log √(ᾱ / (1 - ᾱ)), as the clock,
+
+            D = x̂_0(t) + (λ_s - λ_t) / (λ_t - λ_u) (x̂_0(t) - x̂_0(u)) / 2
+
+        and what follows is the step of DDIM by the noise that D leaves in x_t. The first step has nothing to look back on, and
+        the last, where λ_s is infinite, takes x̂_0 as it is.
+
+        Returns step(xt, noise_pred, t, s, generator=None) -> x_s, t and s int. It remembers: take a new one for every walk.
+        """
+        u, x0_u = None, None
+
+        def step(xt: Tensor, noise_pred: Tensor, t: int, s: int, generator: Generators = None) -> Tensor:
+            nonlocal u, x0_u
+            alpha_bar = self._alpha_bar_at(t, xt)
+            x0 = (xt - (1 - alpha_bar)**0.5 * noise_pred) / alpha_bar**0.5
+            if u is not None and s >= 0:
+                lambda_u, lambda_t, lambda_s = map(self._half_log_snr, (u, t, s))
+                correction = (lambda_s - lambda_t) / (lambda_t - lambda_u) * (x0 - x0_u) / 2  # D - x0
+                noise_pred = noise_pred - (alpha_bar / (1 - alpha_bar))**0.5 * correction
+            u, x0_u = t, x0
+            return self.ddim_step(xt, noise_pred, t, s, eta, generator)
+        return step
+
+    def _half_log_snr(self, t: int) -> float:
+        alpha_bar = self._alpha_bar_float[t + 1]
+        return math.log(alpha_bar / (1 - alpha_bar)) / 2
+
     def denoise(self, model: nn.Module, xt: Tensor, num_steps: int | None = None, sampler: str = "ddpm",
-                generator: Generators = None, eta: float = 0.0) -> Iterator[tuple[int, Tensor]]:
+                generator: Generators = None, eta: float | None = None) -> Iterator[tuple[int, Tensor]]:
         """The reverse process from pure noise to images, one evaluation of the network a step.
 
         model(x, t): predicts the noise; xt (B, C, H, W): standard normal, the x_t of t = T-1.
-        num_steps: 1 ... T, evenly spaced (None: all T). sampler: "ddpm" (ancestral) or "ddim", whose `eta` is in [0, 1].
+        num_steps: 1 ... T (None: all T). sampler: "ddpm" (ancestral), "ddim" or "dpm_solver".
+        eta: how much of the ancestral step's fresh noise "ddim" (None: 0) and "dpm_solver" (None: 1) add, in [0, 1].
         Yields (t, x_t) after each step, t strictly decreasing, at last (-1, x_0): images in about [-1, 1].
         Raises ValueError for a value that is none of these, and where the network predicts a number that is not finite.
         """
@@ -149,9 +184,10 @@ class NoiseScheduler(nn.Module):
             raise ValueError(f"sampler {sampler!r}: choose from {', '.join(SAMPLERS)}")
         if not 1 <= num_steps <= self.num_timesteps:
             raise ValueError(f"num_steps {num_steps}: must be in 1 ... {self.num_timesteps}")
-        if not 0 <= eta <= (1 if sampler == "ddim" else 0):
-            raise ValueError(f"eta {eta}: must be in 0 ... 1 with sampler 'ddim', and 0 with any other")
-        step = self.ddpm_step if sampler == "ddpm" else partial(self.ddim_step, eta=eta)
+        eta = float(sampler != "ddim") if eta is None else eta
+        if not 0 <= eta <= 1 or (sampler == "ddpm" and eta != 1):
+            raise ValueError(f"eta {eta}: must be in 0 ... 1, and 1 or None with sampler 'ddpm'")
+        step = {"ddpm": self.ddpm_step, "ddim": partial(self.ddim_step, eta=eta), "dpm_solver": self.dpm_solver(eta)}[sampler]
         return self._steps(model, xt, self.timesteps(num_steps), partial(step, generator=generator))
 
     def timesteps(self, num_steps: int) -> list[int]:
@@ -161,7 +197,7 @@ class NoiseScheduler(nn.Module):
     @torch.no_grad()
     def _steps(self, model, xt, timesteps, step):
         for t, s in zip(timesteps, timesteps[1:]):
-            noise_pred = model(xt, torch.full((len(xt),), t, device=xt.device))
+            noise_pred = model(xt, torch.full((len(xt),), t, device=xt.device)).to(xt.dtype)
             xt = step(xt, noise_pred, t, s)
             if s == -1 and not xt.isfinite().all():  # a bad number stays bad: one look at the end finds any
                 raise ValueError("the network predicted a number that is not finite: its weights are damaged, or its "

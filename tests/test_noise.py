@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from noise import NoiseScheduler, gaussian_noise, image_generators
+from noise import SAMPLERS, NoiseScheduler, gaussian_noise, image_generators
 
 
 @pytest.fixture
@@ -139,6 +139,85 @@ def test_ddim_with_eta_1_over_all_steps_is_the_ancestral_step(scheduler):
         torch.testing.assert_close(ddim, scheduler.sample_prev_timestep(xt, noise_pred, t, rng(t)), rtol=0, atol=1e-12)
 
 
+def independent_dummy(x, t):
+    return x * t / (t + 1)
+
+
+def independent_sample():
+    return (torch.arange(768).reshape(3, 8, 8, 4) / 768).permute(3, 0, 1, 2)
+
+
+def test_ddim_equals_the_published_result_of_another_implementation(scheduler):
+    """The constants of the tests of diffusers (DDIMScheduler, ten steps from t = 900, eta 0) for their dummy model."""
+    xt = independent_sample()
+    times = [*range(900, -1, -100), -1]
+    for t, s in zip(times, times[1:]):
+        xt = scheduler.ddim_step(xt, independent_dummy(xt, t), t, s)
+    assert xt.abs().sum().item() == pytest.approx(172.0067, abs=1e-2)
+    assert xt.abs().mean().item() == pytest.approx(0.223967, abs=1e-3)
+
+
+def test_the_ancestral_walk_equals_the_published_result_of_another_implementation(scheduler):
+    """The constants of the tests of diffusers (DDPMScheduler, all steps), which clip the x_0 that each prediction implies."""
+    xt, generator, (_, alpha_bar) = independent_sample(), rng(), as_paper(scheduler)
+    for t in range(999, -1, -1):
+        signal, noise = math.sqrt(alpha_bar[t]), math.sqrt(1 - alpha_bar[t])
+        x0 = ((xt - noise * independent_dummy(xt, t)) / signal).clamp(-1, 1)
+        xt = scheduler.sample_prev_timestep(xt, (xt - signal * x0) / noise, t, generator)
+    assert xt.abs().sum().item() == pytest.approx(258.9606, abs=1e-2)
+    assert xt.abs().mean().item() == pytest.approx(0.3372, abs=1e-3)
+
+
+def mixture_of_two(alpha_bar):
+    """Weights, means and variances at one alpha_bar of data that are 0.3 N(-0.6, 0.2^2) + 0.7 N(0.5, 0.3^2)."""
+    mean = math.sqrt(alpha_bar) * torch.tensor([-0.6, 0.5]).double()
+    return torch.tensor([0.3, 0.7]).double(), mean, alpha_bar * torch.tensor([0.2, 0.3]).double()**2 + 1 - alpha_bar
+
+
+def exact_noise_of_the_mixture(x, alpha_bar):
+    """-sqrt(1 - alpha_bar) times the derivative of the log density of x_t."""
+    weight, mean, variance = mixture_of_two(alpha_bar)
+    away = x[..., None] - mean
+    share = torch.softmax(weight.log() - variance.log() / 2 - away**2 / variance / 2, dim=-1)
+    return math.sqrt(1 - alpha_bar) * (share * away / variance).sum(-1)
+
+
+def quantile_of_the_mixture(x, alpha_bar):
+    weight, mean, variance = mixture_of_two(alpha_bar)
+    return (weight * torch.special.ndtr((x[..., None] - mean) / variance.sqrt())).sum(-1)
+
+
+@pytest.mark.parametrize("solver, order", [("ddim", 1), ("dpm_solver", 2)])
+def test_the_error_of_a_solver_falls_with_its_order(solver, order):
+    """In one dimension the exact deterministic path is known: it keeps the quantile of x_t in the distribution at t."""
+    scheduler = NoiseScheduler(100_000, 1e-6, 2e-4)
+    alpha_bar = (1 - torch.linspace(1e-6, 2e-4, 100_000).double()).cumprod(0)
+    half_log_snr = (alpha_bar / (1 - alpha_bar)).log() / 2
+    first, last = 95_000, 1_000
+    start = torch.linspace(-2, 2, 21).double().view(-1, 1, 1, 1)
+
+    def error(num_steps):
+        even = torch.linspace(half_log_snr[first], half_log_snr[last], num_steps + 1)
+        times = [(half_log_snr - value).abs().argmin().item() for value in even]
+        step = scheduler.ddim_step if solver == "ddim" else scheduler.dpm_solver(eta=0)
+        xt = start
+        for t, s in zip(times, times[1:]):
+            xt = step(xt, exact_noise_of_the_mixture(xt, alpha_bar[t].item()), t, s)
+        kept = quantile_of_the_mixture(start, alpha_bar[first].item())
+        return (quantile_of_the_mixture(xt, alpha_bar[last].item()) - kept).abs().max().item()
+
+    coarse, fine = error(40), error(160)
+    assert math.log(coarse / fine, 4) == pytest.approx(order, abs=0.25)
+
+
+def test_the_first_and_the_last_step_of_the_solver_are_ancestral(scheduler):
+    """With no step before it, or no signal-to-noise ratio after it, D is the predicted x_0."""
+    x, first, last = torch.randn(3, 2, 1, 8, 8, generator=rng()).double()
+    step = scheduler.dpm_solver()
+    torch.testing.assert_close(step(x, first, 999, 500, rng(1)), scheduler.ddpm_step(x, first, 999, 500, rng(1)))
+    torch.testing.assert_close(step(x, last, 500, -1, rng(2)), scheduler.ddpm_step(x, last, 500, -1, rng(2)))
+
+
 def test_the_true_noise_at_t_0_recovers_x0(scheduler):
     x0, noise = torch.rand(2, 3, 8, 8, generator=rng()) * 2 - 1, torch.randn(2, 3, 8, 8, generator=rng(1))
     xt = scheduler.add_noise(x0, noise, torch.zeros(2, dtype=torch.long))
@@ -158,7 +237,8 @@ def gaussian_denoiser(scheduler, mean, std):
     return model
 
 
-@pytest.mark.parametrize("sampler, num_steps", [("ddpm", 1000), ("ddpm", 200), ("ddim", 1000), ("ddim", 200)])
+@pytest.mark.parametrize("sampler, num_steps", [("ddpm", 1000), ("ddpm", 200), ("ddim", 1000), ("ddim", 200),
+                                                ("dpm_solver", 1000), ("dpm_solver", 50)])
 def test_samples_of_a_gaussian_have_its_mean_and_variance(scheduler, sampler, num_steps):
     mean, std, n = 0.3, 0.5, 40_000
     xt = torch.randn(n, 1, 1, 1, generator=rng()).double()
@@ -185,8 +265,9 @@ def test_ddim_equals_the_closed_form_on_a_gaussian(scheduler):
     torch.testing.assert_close(x0, expected + mean, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("sampler, num_steps, eta", [("ddpm", None, 0), ("ddpm", 33, 0), ("ddim", None, 0), ("ddim", 10, 0),
-                                                     ("ddim", 10, 1.0), ("ddim", 1, 0)])
+@pytest.mark.parametrize("sampler, num_steps, eta", [("ddpm", None, None), ("ddpm", 33, None), ("ddim", None, 0), ("ddim", 10, 0),
+                                                     ("ddim", 10, 1.0), ("ddim", 1, 0),
+                                                     ("dpm_solver", None, 1.0), ("dpm_solver", 10, 0)])
 def test_a_perfect_denoiser_of_one_image_returns_it(scheduler, sampler, num_steps, eta):
     _, alpha_bar = as_paper(scheduler)
     image = torch.rand(1, 3, 9, 8, generator=rng()) * 2 - 1
@@ -200,7 +281,7 @@ def test_a_perfect_denoiser_of_one_image_returns_it(scheduler, sampler, num_step
     torch.testing.assert_close(x0, image.expand(4, -1, -1, -1), rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("num_steps", [1, 7, 10, 33, 1000])
 def test_timesteps_fall_strictly_from_the_last_to_the_clean_image(scheduler, sampler, num_steps):
     seen = []
@@ -214,7 +295,7 @@ def test_timesteps_fall_strictly_from_the_last_to_the_clean_image(scheduler, sam
     assert times + [-1] == [999] + yielded and all(t > s for t, s in zip(times, yielded))
 
 
-@pytest.mark.parametrize("sampler, eta", [("ddpm", 0), ("ddim", 0), ("ddim", 1.0)])
+@pytest.mark.parametrize("sampler, eta", [("ddpm", None), ("ddim", 0), ("ddim", 1.0), ("dpm_solver", None)])
 def test_an_image_is_the_same_in_a_batch_of_any_size(scheduler, sampler, eta):
     def draw(images):
         generators = image_generators(3, images)
@@ -227,11 +308,11 @@ def test_an_image_is_the_same_in_a_batch_of_any_size(scheduler, sampler, eta):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ({"sampler": "euler"}, "sampler 'euler': choose from ddpm, ddim"),
+    ({"sampler": "euler"}, "sampler 'euler': choose from ddpm, ddim, dpm_solver"),
     ({"num_steps": 0}, "num_steps 0: must be in 1 ... 1000"),
     ({"num_steps": 1001}, "num_steps 1001: must be in 1 ... 1000"),
     ({"sampler": "ddim", "eta": 1.5}, "eta 1.5: must be in 0 ... 1"),
-    ({"sampler": "ddpm", "eta": 0.5}, "eta 0.5: .* 0 with any other"),
+    ({"sampler": "ddpm", "eta": 0.5}, "eta 0.5: .* 1 or None with sampler 'ddpm'"),
 ])
 def test_bad_arguments_are_refused_at_the_call(scheduler, arguments, message):
     with pytest.raises(ValueError, match=message):

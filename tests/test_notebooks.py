@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def run(name, folder, parameters, before_the_loop=""):
 
 
 def train(folder, before_the_loop="", **parameters):
-    small = {"network": {"widths": [16, 32]}, "t_dim": 32, "max_images": 256, "num_epochs": 1, "num_timesteps": 100}
+    small = {"network": {"widths": [16, 32]}, "t_dim": 32, "max_images": 256, "num_epochs": 2, "num_timesteps": 100,
+             "batch_size": 64}
     parameters = {"data_path": MNIST, "save_dir": str(folder / "run")} | small | parameters
     return run("train.ipynb", folder, parameters, before_the_loop)
 
@@ -55,7 +57,7 @@ def same(one, other):
 
 
 def test_train_on_mnist_then_generate(tmp_path):
-    train(tmp_path, network={}, num_timesteps=1000, t_dim=256)
+    train(tmp_path, network={}, num_timesteps=1000, t_dim=256, num_epochs=1)
     out, _ = generate(tmp_path, num_images=4, num_steps=5)
     assert sorted(os.listdir(out)) == ["denoising.gif", "denoising_strip.png", "grid.png", *(f"x_{i}.png" for i in range(4))]
     assert all(Image.open(out / f"x_{i}.png").size == (28, 28) for i in range(4))
@@ -65,7 +67,7 @@ def test_train_on_mnist_then_generate(tmp_path):
 def test_train_on_a_folder_of_colour_images_then_generate(tmp_path):
     for i in range(12):
         Image.new("RGB", (40, 30), (20 * i, 100, 200)).save(tmp_path / f"{i}.png")
-    train(tmp_path, data_path=str(tmp_path), image_size=[20, 24], in_channels=3)
+    train(tmp_path, data_path=str(tmp_path), image_size=[20, 24], in_channels=3, num_epochs=1)
     out, printed = generate(tmp_path, num_images=2, num_steps=10, sampler="ddim")
     assert Image.open(out / "x_1.png").size == (24, 20) and Image.open(out / "x_1.png").mode == "RGB"
     assert "20 x 24 pixels, 3 channel(s)" in printed
@@ -76,55 +78,63 @@ IN_FP32 = "use_bf16 = False"  # instead of what a measurement found, which may d
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """The state after two epochs of four steps, on the CPU, where a run can be repeated to the bit."""
+    """A folder whose `run` is two epochs of four steps, on the CPU, where a run can be repeated to the bit."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        train(folder, IN_FP32, num_epochs=2)
-    return load_checkpoint(folder / "run" / "state.pth")
+        train(folder, IN_FP32)
+    return folder
 
 
-def train_and_stop(folder, stop_after):
-    """Starts the run of `uninterrupted` and sends it the signal of Jupyter's Stop button in the middle of a step."""
-    stop = (f"{IN_FP32}\nimport os, signal\ndef after_the_optimizer(*_):\n"
-            f"    if len(losses) + 1 == {stop_after}: os.kill(os.getpid(), signal.SIGINT)\n"
-            "optimizer.register_step_post_hook(after_the_optimizer)")
-    message = f"stopped after step {stop_after}; resume=True goes on from .*state.pth"
-    with pytest.raises(papermill.PapermillExecutionError, match=message):
-        train(folder, stop, num_epochs=2)
-
-
-@pytest.mark.parametrize("stop_after", [4, 6])  # at the end of an epoch, and in the middle of one
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, uninterrupted, stop_after):
+@pytest.fixture
+def finished_run(tmp_path, monkeypatch, uninterrupted):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    train_and_stop(tmp_path, stop_after)
-    train(tmp_path, num_epochs=2, resume=True)
-    resumed = load_checkpoint(tmp_path / "run" / "state.pth")
-    assert len(resumed["losses"]) == 8 and resumed["losses"] == uninterrupted["losses"]
+    shutil.copytree(uninterrupted / "run", tmp_path / "run")
+    return tmp_path
+
+
+def train_until(folder, step, **parameters):
+    """Trains until the signal of Jupyter's Stop button comes in the middle of a step."""
+    stop = (f"{IN_FP32}\nimport os, signal\ndef after_the_optimizer(*_):\n"
+            f"    if len(losses) + 1 == {step}: os.kill(os.getpid(), signal.SIGINT)\n"
+            "optimizer.register_step_post_hook(after_the_optimizer)")
+    message = f"stopped after step {step}; resume=True goes on from .*state.pth"
+    with pytest.raises(papermill.PapermillExecutionError, match=message):
+        train(folder, stop, **parameters)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, uninterrupted):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    train_until(tmp_path, step=4)  # the end of an epoch
+    train_until(tmp_path, step=6, resume=True)  # the middle of one
+    train(tmp_path, resume=True)
+    resumed, whole = (load_checkpoint(folder / "run" / "state.pth") for folder in (tmp_path, uninterrupted))
+    assert len(resumed["losses"]) == 8 and resumed["losses"] == whole["losses"]
     for part in ("model", "ema", "optimizer", "lr_schedule"):
         one, other = ({name: value for name, value in state[part].items() if not name.endswith("_extra_state")}
-                      for state in (resumed, uninterrupted))  # which says how many seconds the run took
+                      for state in (resumed, whole))  # which says how many seconds the run took
         assert same(one, other)
 
 
-def test_a_resume_may_train_on_but_not_otherwise_differ(tmp_path):
-    train(tmp_path)
+def test_a_finished_run_may_train_on(finished_run):
+    train(finished_run, resume=True, num_epochs=3)
+    assert len(load_checkpoint(finished_run / "run" / "state.pth")["losses"]) == 12
+    training = U_net.from_checkpoint(finished_run / "run" / "model.pth").metadata["training"]
+    assert (training["parameters"]["num_epochs"], training["steps"], training["images_seen"]) == (3, 12, 768)
+
+
+def test_a_resume_with_another_learning_rate_is_refused(finished_run):
     with pytest.raises(papermill.PapermillExecutionError, match="learning_rate: the run in .* has 0.001, .* has 0.5"):
-        train(tmp_path, resume=True, learning_rate=0.5)
-    train(tmp_path, resume=True, num_epochs=2)
-    assert len(load_checkpoint(tmp_path / "run" / "state.pth")["losses"]) == 8
-    training = U_net.from_checkpoint(tmp_path / "run" / "model.pth").metadata["training"]
-    assert (training["parameters"]["num_epochs"], training["steps"], training["images_seen"]) == (2, 8, 512)
+        train(finished_run, resume=True, learning_rate=0.5)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_a_weight_changes(tmp_path):
-    train(tmp_path)
-    before = (tmp_path / "run" / "model.pth").read_bytes()
+def test_a_gradient_that_is_not_finite_stops_before_a_weight_changes(finished_run):
+    before = (finished_run / "run" / "model.pth").read_bytes()
     guard = ("def before_a_step(*_):\n    assert all(p.grad.isfinite().all() for p in model.parameters())\n"
              "optimizer.register_step_pre_hook(before_a_step)")
-    with pytest.raises(papermill.PapermillExecutionError, match="step 1: the gradient is not finite at learning rate 8.54e.29"):
-        train(tmp_path, guard, learning_rate=1e30)
-    (kept,) = (tmp_path / "run").glob("model-*.pth")  # a new run sets the old one's files aside
+    with pytest.raises(papermill.PapermillExecutionError, match="step 1: the gradient is not finite at learning rate 9.62e.29"):
+        train(finished_run, guard, learning_rate=1e30)
+    (kept,) = (finished_run / "run").glob("model-*.pth")  # a new run sets the old one's files aside
     assert kept.read_bytes() == before
 
 

@@ -1,0 +1,125 @@
+"""What the benchmarks share: a classifier whose features tell digits apart, samples drawn once and kept, the distances."""
+
+import hashlib
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from dataset_loader import read_idx, to_image  # noqa: E402
+from model import U_net, bf16_is_faster  # noqa: E402, F401
+from noise import NoiseScheduler, gaussian_noise, image_generators  # noqa: E402
+
+CACHE = ROOT / "benchmarks" / "cache"  # git-ignored: what takes long is made once
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def machine() -> str:
+    """What the figures were measured on, in words."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor() or "CPU")
+    return f"{os.cpu_count()} cores of {name}, torch {torch.__version__}"
+
+
+def mnist(part: str, kind: str = "images-idx3") -> Tensor:
+    """One of the files in Assets/MNIST, uint8; images are (N, 1, 28, 28), part is "train" or "t10k"."""
+    content = read_idx(ROOT / "Assets" / "MNIST" / f"{part}-{kind}-ubyte.gz")
+    return content[:, None] if content.ndim == 3 else content
+
+
+class Classifier(nn.Module):
+    """A small convolutional network for MNIST; forward(images) gives the 128 features before its last layer.
+
+    images: uint8 (B, 1, 28, 28), as they are saved to disk.
+    """
+
+    num_features = 128  # what torchmetrics asks an extractor for
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU())
+        self.digit = nn.Linear(128, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features(images.float() / 127.5 - 1)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """The digit of each image: int64 (B,)."""
+        return torch.cat([self.digit(self(batch.to(device))).argmax(dim=1).cpu() for batch in images.split(500)])
+
+
+def classifier(seed: int, epochs: int = 3) -> Classifier:
+    """Trains a classifier on the 60,000 training images, or takes the one that an earlier call with this seed left behind."""
+    torch.manual_seed(seed)
+    net, path = Classifier().to(device), CACHE / f"classifier_{seed}_{epochs}.pth"
+    if path.exists():
+        net.load_state_dict(load_checkpoint(path, device))
+        return net.eval()
+    images, labels = mnist("train"), mnist("train", "labels-idx1").long()
+    steps = epochs * -(-len(images) // 128)
+    optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+    for epoch in range(epochs):
+        for batch in tqdm(torch.randperm(len(images)).split(128), f"classifier {seed}, epoch {epoch + 1} of {epochs}"):
+            loss = F.cross_entropy(net.digit(net(images[batch].to(device))), labels[batch].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    save_checkpoint(net.state_dict(), path)
+    return net.eval()
+
+
+def frechet_distance(extractor: nn.Module, images: Tensor, reference: Tensor) -> float:
+    """Frechet distance (Heusel et al. 2017) between the features of two sets of uint8 images (N, C, H, W)."""
+    metric = FrechetInceptionDistance(feature=extractor).to(device).set_dtype(torch.float64)
+    for part, real in ((images, False), (reference, True)):
+        for batch in part.split(500):
+            metric.update(batch.to(device), real=real)
+    return metric.compute().item()
+
+
+def draw(model: U_net, images: range, seed: int, num_steps: int, sampler: str, batch_size: int = 250, bf16: bool = False,
+         **options) -> tuple[Tensor, float]:
+    """The images of one seed, uint8 (N, C, H, W), as generate_image.ipynb draws them, and the seconds that it took."""
+    scheduler = NoiseScheduler(**model.metadata["noise_schedule"], device=device)
+    size = model.metadata["image_size"]
+    shape = (model.network["in_channels"], *([size] * 2 if isinstance(size, int) else size))
+    drawn, start = [], time.perf_counter()
+    for first in tqdm(range(images.start, images.stop, batch_size), f"{sampler}, {num_steps} steps", leave=False):
+        generators = image_generators(seed, images[first - images.start:][:batch_size])
+        xt = gaussian_noise(torch.empty(len(generators), *shape, device=device), generators)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            for _, xt in scheduler.denoise(model, xt, num_steps, sampler, generators, **options):
+                pass
+        drawn.append(to_image(xt).cpu())
+    return torch.cat(drawn), time.perf_counter() - start
+
+
+def drawn_once(path: Path, model: U_net, images: range, seed: int, num_steps: int, sampler: str,
+               **options) -> tuple[Tensor, float]:
+    """`draw`, kept in the cache under everything that decides the pictures, so that a stopped benchmark goes on."""
+    decides = [hashlib.md5(path.read_bytes()).hexdigest(), images, seed, num_steps, sampler, sorted(options.items()), device]
+    kept = CACHE / f"samples_{hashlib.md5(repr(decides).encode()).hexdigest()[:16]}.pth"
+    if not kept.exists():
+        pixels, seconds = draw(model, images, seed, num_steps, sampler, **options)
+        save_checkpoint({"pixels": pixels, "seconds": seconds}, kept)
+    state = load_checkpoint(kept)
+    return state["pixels"], state["seconds"]
