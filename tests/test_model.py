@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from model import U_net, sinusoidal_embedding
+from model import Attention, NormBlock, U_net, sinusoidal_embedding
+
+STRONG = {"widths": (16,), "blocks": 2, "bottleneck": 32, "attention": 2, "normalise": True, "patch": 2, "dropout": 0.1}
 
 
 def batch(size=2, channels=1, height=28, width=28):
@@ -23,9 +25,10 @@ def test_the_simple_network_has_the_weights_of_its_description():
 
 @pytest.mark.parametrize("size", [8, 28, 30, 33, 64])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_output_has_the_shape_of_the_input(size, channels):
+@pytest.mark.parametrize("network", [{}, STRONG])
+def test_output_has_the_shape_of_the_input(size, channels, network):
     x, t = batch(2, channels, size, size)
-    assert U_net(in_channels=channels)(x, t).shape == x.shape
+    assert U_net(in_channels=channels, **network)(x, t).shape == x.shape
 
 
 def test_images_need_not_be_square_and_networks_may_be_deeper():
@@ -57,16 +60,21 @@ def test_output_depends_on_the_timestep_of_the_image_alone():
     torch.testing.assert_close(mixed, torch.stack([early[0], late[1], early[2]]), rtol=1e-4, atol=1e-5)
 
 
-def test_every_parameter_gets_a_gradient():
-    model = U_net(in_channels=3)
+@pytest.mark.parametrize("network", [{}, STRONG])
+def test_every_parameter_gets_a_gradient(network):
+    model = U_net(in_channels=3, **network)
+    for parameter in model.parameters():
+        if not parameter.any():  # what begins at zero lets nothing through in the first step
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
     x, t = batch(4, 3)
     model(x, t).square().mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
-def test_it_overfits_one_batch():
+@pytest.mark.parametrize("network", [{"widths": (32, 64)}, STRONG | {"patch": 1, "dropout": 0.0}])
+def test_it_overfits_one_batch(network):
     torch.manual_seed(0)
-    model = U_net(t_dim=64, widths=(32, 64))
+    model = U_net(t_dim=64, **network)
     x, t = batch(4, height=8, width=8)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
@@ -76,6 +84,53 @@ def test_it_overfits_one_batch():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.01  # noise of variance 1: a network that ignored its input would stay near 1
+
+
+def test_a_normalised_network_begins_by_predicting_zero_and_its_blocks_as_their_shortcuts():
+    x, t = batch(2)
+    assert not U_net(**STRONG)(x, t).any()
+    x = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(NormBlock(8, 8, 6)(x, torch.ones(2, 6)), x)
+
+
+def test_time_scales_and_shifts_the_normalised_channels():
+    """With conv1 and conv2 the identity and norm over whole channels, the block is two lines of arithmetic."""
+    block = NormBlock(8, 8, 6)
+    x, time = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0)), torch.randn(2, 6)
+    for conv in (block.conv1, block.conv2):
+        torch.nn.init.dirac_(conv.weight), torch.nn.init.zeros_(conv.bias)
+
+    def normalised(h):  # 8 groups of one channel
+        return (h - h.mean(dim=(2, 3), keepdim=True)) / (h.var(dim=(2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
+
+    def silu(h):
+        return h / (1 + (-h).exp())
+    change = silu(time) @ block.time.weight.T + block.time.bias
+    scale, shift = change[:, :8, None, None], change[:, 8:, None, None]
+    expected = x + silu(normalised(silu(normalised(x))) * (1 + scale) + shift)
+    torch.testing.assert_close(block(x, time), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_is_the_softmax_of_scaled_products():
+    layer = Attention(32)
+    weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+    layer.attention.out_proj.weight.data = weight
+    x = torch.randn(2, 32, 3, 5, generator=torch.Generator().manual_seed(1))
+    h = layer.norm(x).reshape(2, 32, 15).transpose(1, 2)
+    query, key, value = (h @ part.T for part in layer.attention.in_proj_weight.split(32))
+    attended = torch.softmax(query @ key.transpose(1, 2) / 32**0.5, dim=-1) @ value @ weight.T
+    torch.testing.assert_close(layer(x), x + attended.transpose(1, 2).reshape(x.shape), rtol=1e-4, atol=1e-5)
+
+
+def test_patches_are_channels_of_one_pixel():
+    """With the network between door and exit taken out, the picture comes back as it was."""
+    model = U_net(widths=(8,), t_dim=8, patch=2)
+    x, t = batch(2, height=10, width=12)
+    seen = []
+    model.encoder[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
+    model.out.register_forward_hook(lambda layer, inputs, output: seen[0])
+    torch.testing.assert_close(model(x, t), x, rtol=0, atol=0)
+    torch.testing.assert_close(seen[0][:, :, 2, 3], x[:, 0, 4:6, 6:8].flatten(1), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape, t_shape, message", [
@@ -90,7 +145,9 @@ def test_bad_input_is_refused(shape, t_shape, message):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ({"t_dim": 255}, "t_dim 255"), ({"in_channels": 0}, "in_channels 0"), ({"widths": ()}, r"widths \(\)")])
+    ({"t_dim": 255}, "t_dim 255"), ({"in_channels": 0}, "in_channels 0"), ({"widths": ()}, r"widths \(\)"),
+    ({"widths": (12,), "normalise": True}, "multiples of 8"), ({"blocks": 0}, "blocks 0"),
+    ({"bottleneck": 48, "attention": 1}, "bottleneck of 48 channels")])
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         U_net(**arguments)
