@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
-from dataset_loader import read_idx, to_image  # noqa: E402
+from dataset_loader import image_grid, read_idx, to_image  # noqa: E402, F401
 from model import U_net, bf16_is_faster  # noqa: E402, F401
 from noise import NoiseScheduler, gaussian_noise, image_generators  # noqa: E402
 
@@ -85,6 +85,12 @@ def classifier(seed: int, epochs: int = 3) -> Classifier:
             schedule.step()
     save_checkpoint(net.state_dict(), path)
     return net.eval()
+
+
+@torch.no_grad()
+def features(extractor: nn.Module, images: Tensor) -> Tensor:
+    """The features of uint8 images (N, C, H, W): (N, D), on the extractor's device."""
+    return torch.cat([extractor(batch.to(device)) for batch in images.split(500)])
 
 
 def frechet_distance(extractor: nn.Module, images: Tensor, reference: Tensor) -> float:

@@ -5,8 +5,10 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import nbconvert
 import nbformat
 import papermill
 import pytest
@@ -19,26 +21,28 @@ from model import U_net
 ROOT = Path(__file__).parents[1]
 MNIST = str(ROOT / "Assets" / "MNIST" / "train-images-idx3-ubyte.gz")
 PARAMETERS = {
-    "train.ipynb": "data_path image_size in_channels num_timesteps t_dim network batch_size learning_rate num_epochs "
+    "train.ipynb": "data_path image_size in_channels num_timesteps t_dim network batch_size micro_batch_size learning_rate num_epochs "
                    "max_images seed save_dir resume",
     "generate_image.ipynb": "model_path num_images sampler num_steps seed output_dir"}
 
 
-def run(name, folder, parameters, before_the_loop=""):
+SMALL = {"data_path": MNIST, "network": {"widths": [16, 32]}, "t_dim": 32, "max_images": 256, "num_epochs": 2,
+         "num_timesteps": 100, "batch_size": 64}
+
+
+def run(name, folder, parameters, before_the_loop="", prepare_only=False):
     """Runs a notebook on `parameters`, with a cell of code put in before its loop; returns what its cells printed."""
     notebook = nbformat.read(ROOT / name, 4)
     loop = next(i for i, cell in enumerate(notebook.cells) if "tqdm(" in cell.source and cell.cell_type == "code")
     notebook.cells.insert(loop, nbformat.v4.new_code_cell(before_the_loop))
     nbformat.write(notebook, folder / name)
-    notebook = papermill.execute_notebook(folder / name, folder / name, parameters, cwd=ROOT, progress_bar=False)
+    notebook = papermill.execute_notebook(folder / name, folder / name, parameters, cwd=ROOT, progress_bar=False,
+                                          prepare_only=prepare_only)
     return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
 
 
 def train(folder, before_the_loop="", **parameters):
-    small = {"network": {"widths": [16, 32]}, "t_dim": 32, "max_images": 256, "num_epochs": 2, "num_timesteps": 100,
-             "batch_size": 64}
-    parameters = {"data_path": MNIST, "save_dir": str(folder / "run")} | small | parameters
-    return run("train.ipynb", folder, parameters, before_the_loop)
+    return run("train.ipynb", folder, SMALL | {"save_dir": str(folder / "run")} | parameters, before_the_loop)
 
 
 def generate(folder, **parameters):
@@ -136,6 +140,66 @@ def test_a_gradient_that_is_not_finite_stops_before_a_weight_changes(finished_ru
         train(finished_run, guard, learning_rate=1e30)
     (kept,) = (finished_run / "run").glob("model-*.pth")  # a new run sets the old one's files aside
     assert kept.read_bytes() == before
+
+
+def train_as_script(folder, before_the_loop, launcher=(), **parameters):
+    """The notebook as README runs it on many devices: parameters put in, converted to a script, started by torchrun."""
+    folder.mkdir()
+    run("train.ipynb", folder, SMALL | {"save_dir": str(folder / "run")} | parameters, before_the_loop, prepare_only=True)
+    script, _ = nbconvert.PythonExporter().from_filename(folder / "train.ipynb")
+    (folder / "train.py").write_text(script)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    finished = subprocess.run([sys.executable, *launcher, folder / "train.py"], cwd=ROOT, env=environment, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert finished.returncode == 0, finished.stdout
+    return finished.stdout
+
+
+def torchrun(processes, *options):
+    return ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *options)
+
+
+# Twenty steps of plain gradient descent; every rank keeps its weights after each epoch, and which files it opens to write.
+SGD = """
+import atexit, sys
+use_bf16 = False
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+atexit.register(lambda: torch.save(model.state_dict(), f"{save_dir}-rank-{rank}.pth"))
+_save_checkpoint = save_checkpoint
+def save_checkpoint(state, path):
+    assert rank == 0
+    _save_checkpoint(state, path)
+"""
+
+
+def weights(path):
+    return {name: value for name, value in torch.load(path).items() if name != "_extra_state"}
+
+
+def test_two_processes_and_parts_of_batches_train_like_one_process_on_whole_batches(tmp_path):
+    steps = {"max_images": 203, "batch_size": 11, "num_epochs": 1}  # 19 steps; two ranks never have equal shares
+    train_as_script(tmp_path / "one", SGD, **steps)
+    train_as_script(tmp_path / "parts", SGD, micro_batch_size=3, **steps)
+    train_as_script(tmp_path / "two", SGD, torchrun(2), **steps)
+    one, parts, two, other_rank = (weights(tmp_path / name) for name in (
+        "one/run-rank-0.pth", "parts/run-rank-0.pth", "two/run-rank-0.pth", "two/run-rank-1.pth"))
+    assert same(two, other_rank)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(parts[name], one[name], rtol=0, atol=1e-6)
+
+
+def test_a_job_whose_worker_is_killed_starts_again_and_resumes(tmp_path):
+    kill = IN_FP32 + """
+def after_the_optimizer(*_):
+    if rank == 1 and not restarted and len(losses) == 5: os.kill(os.getpid(), 9)
+optimizer.register_step_post_hook(after_the_optimizer)
+"""
+    printed = train_as_script(tmp_path / "killed", kill, torchrun(2, "--max-restarts=1"))
+    assert "-9" in printed  # the exit code of the worker
+    train_as_script(tmp_path / "whole", IN_FP32, torchrun(2))
+    killed, whole = (load_checkpoint(tmp_path / name / "run" / "state.pth") for name in ("killed", "whole"))
+    assert killed["losses"] == whole["losses"] and len(whole["losses"]) == 8
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
