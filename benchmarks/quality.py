@@ -1,4 +1,4 @@
-"""How good the digits of a checkpoint are, and whether it has learned them by heart: quality_NAME.md and Assets/nearest_NAME.png.
+"""How good the digits of a checkpoint are, and whether they are learned by heart: quality_NAME.md, Assets/nearest_NAME.png.
 
     python benchmarks/quality.py Save_model/model_DDPM.pth
 """
@@ -69,7 +69,8 @@ def main() -> None:
         rows.setdefault("R = FD / FD of training images", []).append({
             name: value / distance["training images"] for name, value in distance.items()})
         rows.setdefault("FD (Frechet distance)", []).append(distance)
-        rows.setdefault("KID x 1000", []).append({name: kernel_distance(extractor, images, test) for name, images in sets.items()})
+        rows.setdefault("KID x 1000", []).append({
+            name: kernel_distance(extractor, images, test) for name, images in sets.items()})
         real = features(extractor, test)
         manifold = {name: manifold_measures(features(extractor, images), real) for name, images in sets.items()}
         for measure in ("precision", "recall", "density", "coverage"):

@@ -1,0 +1,153 @@
+"""How fast training and sampling are, and what each ingredient buys: speed.md.
+
+    python benchmarks/speed.py
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from measure import ROOT, NoiseScheduler, U_net, device, gaussian_noise, image_generators, machine, mnist
+
+PLAIN = dict(cached=False, channels_last=False, bf16=False, fused=False, compiled=False)
+LADDER = {"plain loop": {}, "+ pixels decoded once": dict(cached=True), "+ channels_last": dict(channels_last=True),
+          "+ bf16": dict(bf16=True), "+ fused optimizer": dict(fused=True), "+ torch.compile": dict(compiled=True)}
+
+
+def wait() -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+class Files(Dataset):
+    """A folder of PNG files, opened and decoded item by item."""
+
+    def __init__(self, folder: Path, pixels: torch.Tensor):
+        self.paths = [folder / f"{i}.png" for i in range(len(pixels))]
+        for path, image in zip(self.paths, pixels):
+            Image.fromarray(image[0].numpy()).save(path)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return pil_to_tensor(Image.open(self.paths[i])).float() / 127.5 - 1
+
+
+def batches(source, batch_size: int):
+    """Endless batches of images in [-1, 1]: from `Files`, or from pixels in memory."""
+    while True:
+        if isinstance(source, Files):
+            yield from DataLoader(source, batch_size, shuffle=True, drop_last=True)
+        else:
+            for index in torch.randperm(len(source)).split(batch_size)[:len(source) // batch_size]:
+                yield source[index].float() / 127.5 - 1
+
+
+def train(source, steps: int, batch_size: int, cached, channels_last, bf16, fused, compiled, seed=0) -> tuple[list, list]:
+    """The losses and the seconds of each of so many steps of the simple network on MNIST."""
+    torch.manual_seed(seed)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    network = U_net(device).to(memory_format=layout)
+    model = torch.compile(network) if compiled else network
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3, fused=fused)
+    scheduler, stream = NoiseScheduler(device=device), batches(source, batch_size)
+    losses, seconds = [], []
+    for _ in range(steps):
+        start = time.perf_counter()
+        x0 = next(stream).to(device).to(memory_format=layout)
+        t = torch.randint(1000, (batch_size,), device=device)
+        noise = torch.randn_like(x0)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            noise_pred = model(scheduler.add_noise(x0, noise, t), t)
+        loss = F.mse_loss(noise_pred.float(), noise)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - start)
+    return losses, seconds
+
+
+def sample(images: int, steps: int, channels_last, bf16, compiled, batch_size: int) -> float:
+    """Seconds for so many steps of so many images, batch_size at a time."""
+    network = U_net(device).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format).eval()
+    model = torch.compile(network) if compiled else network
+    scheduler, took = NoiseScheduler(device=device), []
+    for first in range(0, images, batch_size):
+        generators = image_generators(0, range(first, first + batch_size))
+        xt = gaussian_noise(torch.empty(batch_size, 1, 28, 28, device=device), generators)
+        walk = scheduler.denoise(model, xt, 1000, "ddpm", generators)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            next(walk)  # warms up
+            wait()
+            start = time.perf_counter()
+            for _ in range(steps):
+                next(walk)
+            wait()
+        took.append(time.perf_counter() - start)
+    return sum(took)
+
+
+def training_table(pixels, batch_size: int, repetitions: int) -> list[str]:
+    rows, chosen = ["| training | images/s | of the plain loop |", "|---|---|---|"], PLAIN
+    with tempfile.TemporaryDirectory() as folder:
+        files = Files(Path(folder), pixels[:2000])
+        for name, ingredient in LADDER.items():
+            chosen = chosen | ingredient
+            _, seconds = train(pixels if chosen["cached"] else files, repetitions + 3, batch_size, **chosen)
+            rate = batch_size / median(seconds[3:])
+            plain = rate if name == "plain loop" else plain
+            rows.append(f"| {name} | {rate:.0f} | {rate / plain:.2f} |")
+            print(rows[-1], flush=True)
+    return rows
+
+
+def sampling_table(repetitions: int) -> list[str]:
+    rows, chosen = ["| sampling | ms an image and step | of the plain loop |", "|---|---|---|"], {}
+    ladder = {"one image at a time": dict(batch_size=1, channels_last=False, bf16=False, compiled=False),
+              "+ 25 at a time": dict(batch_size=25), "+ channels_last": dict(channels_last=True), "+ bf16": dict(bf16=True),
+              "+ torch.compile": dict(compiled=True)}
+    for name, ingredient in ladder.items():
+        chosen = chosen | ingredient
+        milliseconds = 1000 * median(sample(25, 10, **chosen) for _ in range(repetitions)) / 250
+        plain = milliseconds if name == "one image at a time" else plain
+        rows.append(f"| {name} | {milliseconds:.2f} | {plain / milliseconds:.2f} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--parity", type=int, default=0, metavar="STEPS", help="also compare the losses of so many steps")
+    args = parser.parse_args()
+    pixels = mnist("train")
+    ours = PLAIN | dict(cached=True, channels_last=True, bf16=True, fused=True)
+
+    tables = training_table(pixels, args.batch_size, args.repetitions) + [""] + sampling_table(args.repetitions) + [""]
+    step = {count: median(train(pixels[:count], args.repetitions + 3, args.batch_size, **ours)[1][3:])
+            for count in (1000, 60_000)}
+    tables.append(f"A step on 60,000 images takes {step[60_000] / step[1000]:.3f} times as long as on 1,000.")
+    if args.parity:
+        mean = {}
+        for name, ingredients in (("plain", PLAIN | {"cached": True}), ("ours", ours)):
+            curves = [train(pixels, args.parity, args.batch_size, **ingredients, seed=seed)[0] for seed in range(3)]
+            mean[name] = [sum(curve[-50:]) / 50 for curve in curves]
+        tables.append(f"Mean loss of the last 50 of {args.parity} steps, seeds 0 to 2: " + "; ".join(
+            f"{name} " + ", ".join(f"{loss:.4f}" for loss in losses) for name, losses in mean.items()) + ".")
+    heading = f"`python benchmarks/speed.py` on {machine()}, the simple network, batches of {args.batch_size} at 28 x 28."
+    (ROOT / "benchmarks" / "speed.md").write_text("\n".join([heading, "", *tables, ""]))
+
+
+if __name__ == "__main__":
+    main()
