@@ -1,0 +1,54 @@
+"""Training time against quality, the plain recipe beside the one in train.ipynb: cost_to_quality.md and Assets/cost_to_quality.png.
+
+    python benchmarks/cost_to_quality.py
+"""
+
+import argparse
+
+import matplotlib.pyplot as plt
+
+from measure import ROOT, classifier, frechet_distance, machine, mnist
+from recipe import Recipe, distance, train
+
+OURS = Recipe(learning_rate=1e-3, decay="cosine", batch_size=32, ema=0.999, bf16=True, channels_last=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plain", type=float, default=60, metavar="MINUTES", help="how long the plain recipe runs")
+    parser.add_argument("--ours", type=float, nargs="+", default=[1, 2, 3, 5, 10, 20], metavar="MINUTES",
+                        help="our runs; each is one of its own, because its learning rate falls to zero at its end")
+    parser.add_argument("--samples", type=int, default=1000)
+    args = parser.parse_args()
+
+    looks = (1 / 60, 1 / 30, 1 / 12, 1 / 6, 1 / 3, 2 / 3, 1.0)
+    runs = [("the plain recipe", train(Recipe(), 60 * args.plain, looks), Recipe())]
+    runs += [("ours", train(OURS, 60 * minutes), OURS) for minutes in args.ours]
+    rows = []
+    for name, run, recipe in runs:
+        for seconds, seen, network in run:
+            rows.append((name, seconds / 60, seen, distance(recipe, network, args.samples)))
+            print(*rows[-1], flush=True)
+    curves = {name: [(minutes, found) for run, minutes, _, found in rows if run == name] for name in ("the plain recipe", "ours")}
+    plain_minutes, plain_distance = curves["the plain recipe"][-1]
+    reached = next((minutes for minutes, found in curves["ours"] if found <= plain_distance), None)
+    verdict = f"Ours is there after {reached:.0f}: {plain_minutes / reached:.0f} times sooner." if reached else "Ours is not there."
+    floor = frechet_distance(classifier(0), mnist("train")[:args.samples], mnist("t10k"))
+    text = [f"`python benchmarks/cost_to_quality.py` on {machine()}: the Frechet distance of {args.samples:,} samples in 50 ancestral",
+            f"steps to the test images, on the features of a small classifier; as many training images are at {floor:.2f}.", "",
+            "| recipe | minutes | images seen | Frechet distance |", "|---|---|---|---|",
+            *[f"| {name} | {minutes:.0f} | {seen:,} | {found:.2f} |" for name, minutes, seen, found in rows], "",
+            f"The plain recipe is at {plain_distance:.2f} after {plain_minutes:.0f} minutes. {verdict}"]
+    (ROOT / "benchmarks" / "cost_to_quality.md").write_text("\n".join(text) + "\n")
+    plt.figure(figsize=(6, 4))
+    for name, points in curves.items():
+        plt.loglog(*zip(*points), "o-", label=name)
+    plt.axhline(floor, color="grey", linestyle=":", label="training images")
+    plt.xlabel("minutes of training")
+    plt.ylabel("Frechet distance to the test images")
+    plt.legend()
+    plt.savefig(ROOT / "Assets" / "cost_to_quality.png", dpi=150, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""What each part of the training recipe is worth: runs of equal wall-clock time, one change at a time: recipe.md.
+
+    python benchmarks/recipe.py --minutes 10
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from measure import CACHE, ROOT, NoiseScheduler, U_net, classifier, device, draw, frechet_distance, machine, mnist
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train; the defaults are the plain recipe of many small repositories."""
+    learning_rate: float = 1e-4
+    decay: str = "constant"  # or "cosine", to zero at the end, with a warm-up of a twentieth
+    batch_size: int = 64
+    ema: float = 0.0  # decay of the average; 0: none
+    bf16: bool = False
+    channels_last: bool = False
+    stratified: bool = False  # one timestep from each of batch_size equal parts of 0 ... T-1
+    min_snr: float = 0.0  # gamma of Hang et al. 2023; 0: the plain loss
+    target: str = "noise"  # or "velocity" (Salimans and Ho 2022)
+    beta_end: float = 0.02
+    network: dict = field(default_factory=dict)
+
+
+class NoiseOfVelocity(nn.Module):
+    """The noise that a network of the velocity v = √ᾱ ε - √(1-ᾱ) x_0 sees: ε = √ᾱ v + √(1-ᾱ) x_t."""
+
+    def __init__(self, velocity: U_net, alpha_bar: Tensor):
+        super().__init__()
+        self.velocity, self.alpha_bar = velocity, alpha_bar
+        self.network, self.metadata = velocity.network, velocity.metadata
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
+        return alpha_bar.sqrt() * self.velocity(x, t).float() + (1 - alpha_bar).sqrt() * x
+
+
+def train(recipe: Recipe, seconds: float, looks: tuple[float, ...] = (1.0,),
+          seed: int = 0) -> Iterator[tuple[float, int, U_net]]:
+    """Trains on MNIST for so many seconds; at each of the given shares of them yields the seconds trained, the images
+    seen and the network to draw from. The time between a yield and the next step is not counted."""
+    torch.manual_seed(seed)
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    model = U_net(device, **recipe.network).to(memory_format=layout)
+    optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, fused=True)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
+    scheduler = NoiseScheduler(beta_end=recipe.beta_end, device=device)
+    pixels, alpha_bar = mnist("train").to(device), scheduler.alpha_bar
+    elapsed, seen, looks = 0.0, 0, [look * seconds for look in looks]
+    while looks:
+        start = time.perf_counter()
+        share = min(1.0, elapsed / seconds)
+        if recipe.decay == "cosine":
+            factor = min(1, 20 * share + 0.01) * (1 + math.cos(math.pi * share)) / 2
+            optimizer.param_groups[0]["lr"] = recipe.learning_rate * factor
+        x0 = pixels[torch.randint(len(pixels), (recipe.batch_size,), device=device)].float() / 127.5 - 1
+        t = torch.rand(recipe.batch_size, device=device)
+        if recipe.stratified:
+            t = (torch.arange(recipe.batch_size, device=device) + t) / recipe.batch_size
+        t = (t * 1000).long().clamp(max=999)
+        noise, at = torch.randn_like(x0), alpha_bar[t].view(-1, 1, 1, 1)
+        target = noise if recipe.target == "noise" else at.sqrt() * noise - (1 - at).sqrt() * x0
+        with torch.autocast(device, torch.bfloat16, enabled=recipe.bf16):
+            prediction = model(scheduler.add_noise(x0, noise, t), t)
+        loss = F.mse_loss(prediction.float(), target, reduction="none")
+        if recipe.min_snr:
+            snr = at / (1 - at)
+            loss = loss * snr.clamp(max=recipe.min_snr) / (snr if recipe.target == "noise" else snr + 1)
+        loss = loss.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+        optimizer.step()
+        if ema is not None:
+            ema.update_parameters(model)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        elapsed, seen = elapsed + time.perf_counter() - start, seen + len(x0)
+        if elapsed >= looks[0]:
+            looks.pop(0)
+            network = model if ema is None else ema.module
+            network.metadata = {"image_size": 28, "noise_schedule": {"beta_end": recipe.beta_end}}
+            yield elapsed, seen, network
+
+
+def distance(recipe: Recipe, network: U_net, samples: int) -> float:
+    """Frechet distance of samples in 50 ancestral steps to the test images."""
+    network.eval()
+    alpha_bar = NoiseScheduler(beta_end=recipe.beta_end, device=device).alpha_bar
+    model = network if recipe.target == "noise" else NoiseOfVelocity(network, alpha_bar)
+    drawn, _ = draw(model, range(samples), 0, 50, "ddpm", bf16=recipe.bf16)
+    network.train()
+    return frechet_distance(classifier(0), drawn, mnist("t10k"))
+
+
+LARGE = {"widths": (64,), "blocks": 2, "bottleneck": 128, "attention": 3, "normalise": True, "patch": 2}
+CHANGES = {
+    "learning rate 3e-4": {"learning_rate": 3e-4}, "learning rate 1e-3": {"learning_rate": 1e-3},
+    "cosine decay": {"decay": "cosine"}, "learning rate 2e-3": {"learning_rate": 2e-3},
+    "EMA 0.999": {"ema": 0.999}, "EMA 0.9995": {"ema": 0.9995},
+    "channels_last": {"channels_last": True}, "bf16": {"bf16": True},
+    "batch 32": {"batch_size": 32}, "batch 16": {"batch_size": 16}, "batch 128": {"batch_size": 128},
+    "stratified timesteps": {"stratified": True}, "min-SNR 5": {"min_snr": 5.0},
+    "velocity": {"target": "velocity"}, "velocity, min-SNR 5": {"target": "velocity", "min_snr": 5.0},
+    "beta to 0.015": {"beta_end": 0.015},
+    "normalised blocks": {"network": {"normalise": True}},
+    "patches of 2 x 2, attention": {"network": LARGE},
+    "width 96": {"network": LARGE | {"widths": (96,), "bottleneck": 192}},
+    "one block a level": {"network": LARGE | {"blocks": 1}},
+    "three levels, whole resolution": {"network": {"widths": (32, 64), "bottleneck": 128, "attention": 2, "normalise": True}},
+    "dropout 0.1": {"network": LARGE | {"dropout": 0.1}},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--samples", type=int, default=1000)
+    args = parser.parse_args()
+    kept = CACHE / f"recipe_{args.minutes:g}_{args.samples}_{device}.json"
+    results = json.loads(kept.read_text()) if kept.exists() else {}
+
+    def measure(recipe: Recipe) -> tuple[float, int]:
+        key = json.dumps(asdict(recipe), sort_keys=True)
+        if key not in results:
+            (_, seen, network), = train(recipe, 60 * args.minutes)
+            results[key] = distance(recipe, network, args.samples), seen
+            kept.parent.mkdir(exist_ok=True)
+            kept.write_text(json.dumps(results))
+        return results[key]
+
+    best = Recipe()
+    best_distance, seen = measure(best)
+    rows = [("the plain recipe", best_distance, seen, "")]
+    for name, change in CHANGES.items():
+        candidate = replace(best, **change)
+        found, seen = measure(candidate)
+        rows.append((name, found, seen, "stays" if found < best_distance else ""))
+        if found < best_distance:
+            best, best_distance = candidate, found
+        print(*rows[-1], flush=True)
+    text = [f"`python benchmarks/recipe.py --minutes {args.minutes:g} --samples {args.samples}` on {machine()}, seed 0.",
+            f"Each row is a run of {args.minutes:g} minutes: the recipe so far with one change, which stays where it wins.", "",
+            "| change | Frechet distance | images seen | |", "|---|---|---|---|",
+            *[f"| {name} | {found:.2f} | {seen:,} | {stays} |" for name, found, seen, stays in rows]]
+    (ROOT / "benchmarks" / "recipe.md").write_text("\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    main()
