@@ -17,7 +17,7 @@ SAMPLERS = ("ddpm", "ddim", "dpm_solver")
 
 
 def random_stream(*numbers: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A random stream of its own for every row of numbers >= 0, such as (seed, epoch) or (seed, image)."""
+    """A random stream for a row of numbers in 0 ... 2^32 - 1, such as (seed, image): another for every row of that length."""
     (state,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(state))
 
@@ -80,7 +80,7 @@ class NoiseScheduler(nn.Module):
             return self._alpha_bar_float[t + 1]
         if t.shape != like.shape[:1]:
             raise ValueError(f"t of shape {tuple(t.shape)}: must be ({len(like)},), one timestep for each image")
-        if t.device.type == "cpu":
+        if t.device.type == "cpu" and len(t):
             self._check_range(*t.aminmax(), first)
         return self._alpha_bar[t + 1].view(-1, *[1] * (like.ndim - 1))
 

@@ -67,24 +67,29 @@ class Classifier(nn.Module):
 
 def classifier(seed: int, epochs: int = 3) -> Classifier:
     """Trains a classifier on the 60,000 training images, or takes the one that an earlier call with this seed left behind."""
-    torch.manual_seed(seed)
-    net, path = Classifier().to(device), CACHE / f"classifier_{seed}_{epochs}.pth"
-    if path.exists():
-        net.load_state_dict(load_checkpoint(path, device))
-        return net.eval()
-    images, labels = mnist("train"), mnist("train", "labels-idx1").long()
+    path = CACHE / f"classifier_{seed}_{epochs}.pth"
+    if not path.exists():
+        with torch.random.fork_rng():  # the caller's random numbers are those of a call that finds the classifier
+            torch.manual_seed(seed)
+            save_checkpoint(trained_classifier(epochs, f"classifier {seed}").state_dict(), path)
+    net = Classifier().to(device)
+    net.load_state_dict(load_checkpoint(path, device))
+    return net.eval()
+
+
+def trained_classifier(epochs: int, name: str) -> Classifier:
+    net, images, labels = Classifier().to(device), mnist("train"), mnist("train", "labels-idx1").long()
     steps = epochs * -(-len(images) // 128)
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     for epoch in range(epochs):
-        for batch in tqdm(torch.randperm(len(images)).split(128), f"classifier {seed}, epoch {epoch + 1} of {epochs}"):
+        for batch in tqdm(torch.randperm(len(images)).split(128), f"{name}, epoch {epoch + 1} of {epochs}"):
             loss = F.cross_entropy(net.digit(net(images[batch].to(device))), labels[batch].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    save_checkpoint(net.state_dict(), path)
-    return net.eval()
+    return net
 
 
 @torch.no_grad()
@@ -95,7 +100,7 @@ def features(extractor: nn.Module, images: Tensor) -> Tensor:
 
 def frechet_distance(extractor: nn.Module, images: Tensor, reference: Tensor) -> float:
     """Frechet distance (Heusel et al. 2017) between the features of two sets of uint8 images (N, C, H, W)."""
-    metric = FrechetInceptionDistance(feature=extractor).to(device).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=extractor).to(device)
     for part, real in ((images, False), (reference, True)):
         for batch in part.split(500):
             metric.update(batch.to(device), real=real)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from measure import CACHE, ROOT, NoiseScheduler, U_net, classifier, device, draw, frechet_distance, machine, mnist
 
@@ -24,7 +24,7 @@ class Recipe:
     learning_rate: float = 1e-4
     decay: str = "constant"  # or "cosine", to zero at the end, with a warm-up of a twentieth
     batch_size: int = 64
-    ema: float = 0.0  # decay of the average; 0: none
+    ema: float = 0.0  # decay that the average of the weights reaches; 0: none
     bf16: bool = False
     channels_last: bool = False
     stratified: bool = False  # one timestep from each of batch_size equal parts of 0 ... T-1
@@ -55,7 +55,13 @@ def train(recipe: Recipe, seconds: float, looks: tuple[float, ...] = (1.0,),
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     model = U_net(device, **recipe.network).to(memory_format=layout)
     optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, fused=True)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
+
+    def ema_update(averages, weights, num_updates):
+        decay = min(recipe.ema, (1 + num_updates.item()) / (10 + num_updates.item()))
+        for average, weight in zip(averages, weights):
+            average.lerp_(weight, 1 - decay)
+
+    ema = AveragedModel(model, multi_avg_fn=ema_update) if recipe.ema else None
     scheduler = NoiseScheduler(beta_end=recipe.beta_end, device=device)
     pixels, alpha_bar = mnist("train").to(device), scheduler.alpha_bar
     elapsed, seen, looks = 0.0, 0, [look * seconds for look in looks]
@@ -119,7 +125,7 @@ CHANGES = {
     "patches of 2 x 2, attention": {"network": LARGE},
     "width 96": {"network": LARGE | {"widths": (96,), "bottleneck": 192}},
     "one block a level": {"network": LARGE | {"blocks": 1}},
-    "three levels, whole resolution": {"network": {"widths": (32, 64), "bottleneck": 128, "attention": 2, "normalise": True}},
+    "whole resolution": {"network": {"widths": (32, 64), "bottleneck": 128, "attention": 2, "normalise": True}},
     "dropout 0.1": {"network": LARGE | {"dropout": 0.1}},
 }
 
@@ -141,18 +147,20 @@ def main() -> None:
             kept.write_text(json.dumps(results))
         return results[key]
 
+    margin = 0.97  # what is less than three per cent better may be chance
     best = Recipe()
     best_distance, seen = measure(best)
     rows = [("the plain recipe", best_distance, seen, "")]
     for name, change in CHANGES.items():
         candidate = replace(best, **change)
         found, seen = measure(candidate)
-        rows.append((name, found, seen, "stays" if found < best_distance else ""))
-        if found < best_distance:
+        rows.append((name, found, seen, "stays" if found < margin * best_distance else ""))
+        if found < margin * best_distance:
             best, best_distance = candidate, found
         print(*rows[-1], flush=True)
     text = [f"`python benchmarks/recipe.py --minutes {args.minutes:g} --samples {args.samples}` on {machine()}, seed 0.",
-            f"Each row is a run of {args.minutes:g} minutes: the recipe so far with one change, which stays where it wins.", "",
+            f"Each row is a run of {args.minutes:g} minutes: the recipe so far with one change, which stays if it wins by 3 %.",
+            "",
             "| change | Frechet distance | images seen | |", "|---|---|---|---|",
             *[f"| {name} | {found:.2f} | {seen:,} | {stays} |" for name, found, seen, stays in rows]]
     (ROOT / "benchmarks" / "recipe.md").write_text("\n".join(text) + "\n")

@@ -19,7 +19,7 @@ SAMPLERS = {"ddpm": ("ddpm", {}), "ddim": ("ddim", {}), "dpm_solver": ("dpm_solv
 
 def one_at_a_time(model: U_net, count: int) -> float:
     """Seconds for images drawn one by one, in fp32 and the plain memory format, through all 1000 steps."""
-    plain = U_net(device, **model.network)
+    plain = U_net(device, **model.network).eval()
     plain.load_state_dict(model.state_dict())
     return draw(plain, range(count), 0, 1000, "ddpm", batch_size=1)[1]
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from model import Attention, NormBlock, U_net, sinusoidal_embedding
+from model import Attention, NormBlock, U_net, bf16_is_faster, sinusoidal_embedding
 
 STRONG = {"widths": (16,), "blocks": 2, "bottleneck": 32, "attention": 2, "normalise": True, "patch": 2, "dropout": 0.1}
 
@@ -36,8 +36,8 @@ def test_images_need_not_be_square_and_networks_may_be_deeper():
     assert U_net("cpu", 3, 32, widths=(8, 16, 24, 32))(x, t).shape == x.shape
 
 
-def test_padding_does_not_reach_images_that_need_none():
-    """A network of one level pads to even sizes: the crop of a padded image is what padding by hand gives."""
+def test_padding_repeats_the_border_and_is_cropped_away():
+    """A network of one level pads to even sizes."""
     x, t = batch(2, 1, 9, 11)
     model = U_net(t_dim=8, widths=(8,))
     by_hand = torch.cat([x, x[:, :, -1:]], dim=2)
@@ -112,14 +112,28 @@ def test_time_scales_and_shifts_the_normalised_channels():
 
 
 def test_attention_is_the_softmax_of_scaled_products():
-    layer = Attention(32)
-    weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
-    layer.attention.out_proj.weight.data = weight
-    x = torch.randn(2, 32, 3, 5, generator=torch.Generator().manual_seed(1))
-    h = layer.norm(x).reshape(2, 32, 15).transpose(1, 2)
-    query, key, value = (h @ part.T for part in layer.attention.in_proj_weight.split(32))
-    attended = torch.softmax(query @ key.transpose(1, 2) / 32**0.5, dim=-1) @ value @ weight.T
+    torch.manual_seed(0)
+    layer = Attention(64)  # two heads
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(2, 64, 3, 5)
+    h = layer.norm(x).reshape(2, 64, 15).transpose(1, 2)
+    projections = zip(layer.attention.in_proj_weight.split(64), layer.attention.in_proj_bias.split(64))
+    query, key, value = ((h @ weight.T + bias).split(32, dim=2) for weight, bias in projections)  # for each head (B, H W, 32)
+    heads = [torch.softmax(q @ k.transpose(1, 2) / 32**0.5, dim=-1) @ v for q, k, v in zip(query, key, value)]
+    attended = torch.cat(heads, dim=2) @ layer.attention.out_proj.weight.T + layer.attention.out_proj.bias
     torch.testing.assert_close(layer(x), x + attended.transpose(1, 2).reshape(x.shape), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bf16_seconds, faster", [(0.5, True), (0.95, False), (2.0, False)])
+def test_bf16_is_chosen_where_it_is_clearly_faster(monkeypatch, bf16_seconds, faster):
+    clock = [0.0]
+
+    def step():
+        clock[0] += bf16_seconds if torch.is_autocast_enabled("cpu") else 1.0
+        return torch.zeros(1)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    assert bf16_is_faster(step, "cpu") == faster
 
 
 def test_patches_are_channels_of_one_pixel():

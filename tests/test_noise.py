@@ -50,7 +50,7 @@ def test_bad_schedule_is_refused():
 # The forward process
 
 def test_closed_form_equals_the_composed_single_steps(scheduler):
-    """Eq. 2, ten times over: the coefficient of x_0 and the sum of the variances are those of Eq. 4."""
+    """Eq. 2 over and over: the coefficient of x_0 and the sum of the variances are those of Eq. 4."""
     alpha, _ = as_paper(scheduler)
     signal, noise_variance = 1.0, 0.0
     one, zero = torch.ones(1, 1, 1, 1).double(), torch.zeros(1, 1, 1, 1).double()

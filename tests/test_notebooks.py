@@ -97,9 +97,9 @@ def finished_run(tmp_path, monkeypatch, uninterrupted):
     return tmp_path
 
 
-def train_until(folder, step, **parameters):
+def train_until(folder, step, begins_at, **parameters):
     """Trains until the signal of Jupyter's Stop button comes in the middle of a step."""
-    stop = (f"{IN_FP32}\nimport os, signal\ndef after_the_optimizer(*_):\n"
+    stop = (f"{IN_FP32}\nassert len(losses) == {begins_at}\nimport signal\ndef after_the_optimizer(*_):\n"
             f"    if len(losses) + 1 == {step}: os.kill(os.getpid(), signal.SIGINT)\n"
             "optimizer.register_step_post_hook(after_the_optimizer)")
     message = f"stopped after step {step}; resume=True goes on from .*state.pth"
@@ -109,9 +109,9 @@ def train_until(folder, step, **parameters):
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, uninterrupted):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    train_until(tmp_path, step=4)  # the end of an epoch
-    train_until(tmp_path, step=6, resume=True)  # the middle of one
-    train(tmp_path, resume=True)
+    train_until(tmp_path, step=4, begins_at=0)  # the end of an epoch
+    train_until(tmp_path, step=6, begins_at=4, resume=True)  # the middle of one
+    train(tmp_path, "assert len(losses) == 6", resume=True)
     resumed, whole = (load_checkpoint(folder / "run" / "state.pth") for folder in (tmp_path, uninterrupted))
     assert len(resumed["losses"]) == 8 and resumed["losses"] == whole["losses"]
     for part in ("model", "ema", "optimizer", "lr_schedule"):
@@ -121,7 +121,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, uninterru
 
 
 def test_a_finished_run_may_train_on(finished_run):
-    train(finished_run, resume=True, num_epochs=3)
+    train(finished_run, "assert len(losses) == 8", resume=True, num_epochs=3)
     assert len(load_checkpoint(finished_run / "run" / "state.pth")["losses"]) == 12
     training = U_net.from_checkpoint(finished_run / "run" / "model.pth").metadata["training"]
     assert (training["parameters"]["num_epochs"], training["steps"], training["images_seen"]) == (3, 12, 768)
@@ -148,9 +148,9 @@ def train_as_script(folder, before_the_loop, launcher=(), **parameters):
     run("train.ipynb", folder, SMALL | {"save_dir": str(folder / "run")} | parameters, before_the_loop, prepare_only=True)
     script, _ = nbconvert.PythonExporter().from_filename(folder / "train.ipynb")
     (folder / "train.py").write_text(script)
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     finished = subprocess.run([sys.executable, *launcher, folder / "train.py"], cwd=ROOT, env=environment, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
     assert finished.returncode == 0, finished.stdout
     return finished.stdout
 
@@ -159,9 +159,9 @@ def torchrun(processes, *options):
     return ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *options)
 
 
-# Twenty steps of plain gradient descent; every rank keeps its weights after each epoch, and which files it opens to write.
+# Plain gradient descent; every rank leaves its weights behind, and only the first may save checkpoints.
 SGD = """
-import atexit, sys
+import atexit
 use_bf16 = False
 optimizer = torch.optim.SGD(model.parameters(), 0.1)
 atexit.register(lambda: torch.save(model.state_dict(), f"{save_dir}-rank-{rank}.pth"))
@@ -177,7 +177,7 @@ def weights(path):
 
 
 def test_two_processes_and_parts_of_batches_train_like_one_process_on_whole_batches(tmp_path):
-    steps = {"max_images": 203, "batch_size": 11, "num_epochs": 1}  # 19 steps; two ranks never have equal shares
+    steps = {"max_images": 210, "batch_size": 11, "num_epochs": 1}  # twenty steps, the last of a single image
     train_as_script(tmp_path / "one", SGD, **steps)
     train_as_script(tmp_path / "parts", SGD, micro_batch_size=3, **steps)
     train_as_script(tmp_path / "two", SGD, torchrun(2), **steps)
@@ -191,6 +191,7 @@ def test_two_processes_and_parts_of_batches_train_like_one_process_on_whole_batc
 
 def test_a_job_whose_worker_is_killed_starts_again_and_resumes(tmp_path, uninterrupted):
     kill = IN_FP32 + """
+assert len(losses) == (4 if restarted else 0)
 def after_the_optimizer(*_):
     if rank == 1 and not restarted and len(losses) == 5: os.kill(os.getpid(), 9)
 optimizer.register_step_post_hook(after_the_optimizer)

@@ -1,0 +1,50 @@
+"""The measures that the benchmarks report, against closed forms and counting."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from measure import Classifier, frechet_distance  # noqa: E402
+from quality import manifold_measures, nearest  # noqa: E402
+
+
+class TwoFeatures(torch.nn.Module):
+    num_features = 2
+
+    def forward(self, images):
+        return images.flatten(1).double()
+
+
+def test_frechet_distance_is_that_of_two_gaussians():
+    """Four points on a diamond have their mean in its centre and a diagonal covariance; the root is one of numbers."""
+    def diamond(x, y, a, b):
+        return torch.tensor([[x + a, y], [x - a, y], [x, y + b], [x, y - b]]).view(4, 2, 1, 1)
+    expected = 3**2 + 4**2 + (5 - 2)**2 * 2 / 3 + (7 - 7)**2  # standard deviations are a and b times sqrt(2 / 3)
+    found = frechet_distance(TwoFeatures(), diamond(10, 20, 5, 7), diamond(13, 24, 2, 7))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_frechet_distance_of_images_to_themselves_is_zero():
+    images = torch.randint(256, (300, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    assert frechet_distance(Classifier(), images, images) == pytest.approx(0, abs=1e-3)
+
+
+def test_precision_recall_density_and_coverage_count_neighbours():
+    """Real points 0, 1, 2, 3 on a line reach (k = 1) to distance 1; of the samples 0.5 and 9 the first lies in two balls."""
+    real, samples = torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.tensor([[0.5], [9.0]])
+    measures = manifold_measures(samples, real, k=1)
+    assert measures == {"precision": 0.5, "recall": 1.0, "density": 1.0, "coverage": 0.5}  # samples reach to 8.5
+
+
+def test_the_nearest_image_is_found():
+    reference = torch.randint(256, (50, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = reference[[7, 31]].clone()
+    images[1, 0, 0, 0] ^= 255
+    distance, index = nearest(images, reference)
+    assert index.tolist() == [7, 31] and distance[0] < 1e-2
+    changed = abs(int(images[1, 0, 0, 0]) - int(reference[31, 0, 0, 0])) / 255
+    assert distance[1].item() == pytest.approx(changed, abs=1e-2)
