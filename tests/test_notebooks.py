@@ -155,8 +155,7 @@ def train_as_script(folder, before_the_loop, launcher=(), **parameters):
     return finished.stdout
 
 
-def torchrun(processes, *options):
-    return ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *options)
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 # Plain gradient descent; every rank leaves its weights behind, and only the first may save checkpoints.
@@ -180,26 +179,13 @@ def test_two_processes_and_parts_of_batches_train_like_one_process_on_whole_batc
     steps = {"max_images": 210, "batch_size": 11, "num_epochs": 1}  # twenty steps, the last of a single image
     train_as_script(tmp_path / "one", SGD, **steps)
     train_as_script(tmp_path / "parts", SGD, micro_batch_size=3, **steps)
-    train_as_script(tmp_path / "two", SGD, torchrun(2), **steps)
+    train_as_script(tmp_path / "two", SGD, TWO_PROCESSES, **steps)
     one, parts, two, other_rank = (weights(tmp_path / name) for name in (
         "one/run-rank-0.pth", "parts/run-rank-0.pth", "two/run-rank-0.pth", "two/run-rank-1.pth"))
     assert same(two, other_rank)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-6)
         torch.testing.assert_close(parts[name], one[name], rtol=0, atol=1e-6)
-
-
-def test_a_job_whose_worker_is_killed_starts_again_and_resumes(tmp_path, uninterrupted):
-    kill = IN_FP32 + """
-assert len(losses) == (4 if restarted else 0)
-def after_the_optimizer(*_):
-    if rank == 1 and not restarted and len(losses) == 5: os.kill(os.getpid(), 9)
-optimizer.register_step_post_hook(after_the_optimizer)
-"""
-    printed = train_as_script(tmp_path / "killed", kill, torchrun(2, "--max-restarts=1"))
-    assert "-9" in printed  # the exit code of the worker
-    killed, whole = (load_checkpoint(folder / "run" / "state.pth")["losses"] for folder in (tmp_path / "killed", uninterrupted))
-    assert killed == pytest.approx(whole, rel=1e-4) and len(whole) == 8
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
