@@ -6,11 +6,9 @@
 import argparse
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
-
 import torch
 
-from measure import ROOT, U_net, bf16_is_faster, classifier, device, frechet_distance, machine, mnist
+from measure import ROOT, U_net, bf16_is_faster, classifier, device, frechet_distance, machine, mnist, plot_distances
 from recipe import Recipe, distance, train
 
 OURS = Recipe(learning_rate=1e-3, decay="cosine", batch_size=32, ema=0.999, channels_last=True)
@@ -51,14 +49,7 @@ def main() -> None:
             *[f"| {name} | {minutes:.0f} | {seen:,} | {found:.2f} |" for name, minutes, seen, found in rows], "",
             f"The plain recipe is at {plain_distance:.2f} after {plain_minutes:.0f} minutes. {verdict}"]
     (ROOT / "benchmarks" / "cost_to_quality.md").write_text("\n".join(text) + "\n")
-    plt.figure(figsize=(6, 4))
-    for name, points in curves.items():
-        plt.loglog(*zip(*points), "o-", label=name)
-    plt.axhline(floor, color="grey", linestyle=":", label="training images")
-    plt.xlabel("minutes of training")
-    plt.ylabel("Frechet distance to the test images")
-    plt.legend()
-    plt.savefig(ROOT / "Assets" / "cost_to_quality.png", dpi=150, bbox_inches="tight")
+    plot_distances(ROOT / "Assets" / "cost_to_quality.png", "minutes of training", curves, floor)
 
 
 if __name__ == "__main__":

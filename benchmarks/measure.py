@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -134,3 +135,15 @@ def drawn_once(path: Path, model: U_net, images: range, seed: int, num_steps: in
         save_checkpoint({"pixels": pixels, "seconds": seconds}, kept)
     state = load_checkpoint(kept)
     return state["pixels"], state["seconds"]
+
+
+def plot_distances(path: Path, cost: str, curves: dict[str, list[tuple[float, float]]], floor: float) -> None:
+    """A picture of Frechet distance against cost, a curve for each name, above the distance of training images."""
+    plt.figure(figsize=(6, 4))
+    for name, points in curves.items():
+        plt.loglog(*zip(*points), "o-", label=name)
+    plt.axhline(floor, color="grey", linestyle=":", label="training images")
+    plt.xlabel(cost)
+    plt.ylabel("Frechet distance to the test images")
+    plt.legend()
+    plt.savefig(path, dpi=150, bbox_inches="tight")

@@ -7,11 +7,11 @@ import argparse
 from pathlib import Path
 from statistics import median
 
-import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-from measure import ROOT, U_net, bf16_is_faster, classifier, device, draw, drawn_once, frechet_distance, machine, mnist
+from measure import (ROOT, U_net, bf16_is_faster, classifier, device, draw, drawn_once, frechet_distance, machine, mnist,
+                     plot_distances)
 
 SAMPLERS = {"ddpm": ("ddpm", {}), "ddim": ("ddim", {}), "dpm_solver": ("dpm_solver", {}),
             "dpm_solver, eta 0": ("dpm_solver", {"eta": 0.0})}
@@ -69,14 +69,8 @@ def main() -> None:
             f"The arithmetic of dpm_solver takes {overhead(model, 20, bf16):.1%} of the network's time."]
     (ROOT / "benchmarks" / "samplers.md").write_text("\n".join(text) + "\n")
 
-    plt.figure(figsize=(6, 4))
-    for name in SAMPLERS:
-        plt.loglog(args.steps, [distance for sampler, _, distance, _ in rows if sampler == name], "o-", label=name)
-    plt.axhline(floor, color="grey", linestyle=":", label="training images")
-    plt.xlabel("evaluations of the network")
-    plt.ylabel("Frechet distance to the test images")
-    plt.legend()
-    plt.savefig(ROOT / "Assets" / "samplers.png", dpi=150, bbox_inches="tight")
+    curves = {name: [(steps, distance) for sampler, steps, distance, _ in rows if sampler == name] for name in SAMPLERS}
+    plot_distances(ROOT / "Assets" / "samplers.png", "evaluations of the network", curves, floor)
 
 
 if __name__ == "__main__":
