@@ -21,8 +21,8 @@ from model import U_net
 ROOT = Path(__file__).parents[1]
 MNIST = str(ROOT / "Assets" / "MNIST" / "train-images-idx3-ubyte.gz")
 PARAMETERS = {
-    "train.ipynb": "data_path image_size in_channels num_timesteps t_dim network batch_size micro_batch_size learning_rate num_epochs "
-                   "max_images seed save_dir resume",
+    "train.ipynb": "data_path image_size in_channels num_timesteps t_dim network initial_weights batch_size micro_batch_size "
+                   "learning_rate num_epochs max_images seed save_dir resume",
     "generate_image.ipynb": "model_path num_images sampler num_steps seed output_dir"}
 
 
@@ -125,6 +125,24 @@ def test_a_finished_run_may_train_on(finished_run):
     assert len(load_checkpoint(finished_run / "run" / "state.pth")["losses"]) == 12
     training = U_net.from_checkpoint(finished_run / "run" / "model.pth").metadata["training"]
     assert (training["parameters"]["num_epochs"], training["steps"], training["images_seen"]) == (3, 12, 768)
+
+
+def test_a_run_starts_from_initial_weights(finished_run, uninterrupted):
+    start = finished_run / "model.pth"
+    shutil.copy(uninterrupted / "run" / "model.pth", start)
+    train(finished_run, f"assert all(torch.equal(p, q) for p, q in zip(model.parameters(), U_net.from_checkpoint({str(start)!r}, "
+          "device).parameters()))", initial_weights=str(start), num_epochs=1, max_images=64)
+    training = U_net.from_checkpoint(finished_run / "run" / "model.pth").metadata["training"]
+    assert training["earlier"] == U_net.from_checkpoint(start).metadata["training"]
+    assert training["parameters"]["initial_weights"] == str(start) and training["steps"] == 1
+
+
+@pytest.mark.parametrize("parameters, message", [
+    ({"network": {"widths": [16, 16]}}, r"widths: the checkpoint has \(16, 32\), this network has \(16, 16\)"),
+    ({"num_timesteps": 200}, "noise_schedule: .*'num_timesteps': 100.* this notebook has .*'num_timesteps': 200")])
+def test_initial_weights_of_something_else_are_refused(finished_run, parameters, message):
+    with pytest.raises(papermill.PapermillExecutionError, match=message):
+        train(finished_run, initial_weights=str(finished_run / "run" / "model.pth"), **parameters)
 
 
 def test_a_resume_with_another_learning_rate_is_refused(finished_run):
