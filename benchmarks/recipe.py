@@ -22,6 +22,7 @@ from measure import CACHE, ROOT, NoiseScheduler, U_net, classifier, device, draw
 class Recipe:
     """One way to train; the defaults are the plain recipe of many small repositories."""
     learning_rate: float = 1e-4
+    muon: bool = False  # for the weights between hidden layers; AdamW has the rest at a quarter of the learning rate
     decay: str = "constant"  # or "cosine", to zero at the end, with a warm-up of a twentieth
     batch_size: int = 64
     ema: float = 0.0  # decay that the average of the weights reaches; 0: none
@@ -47,6 +48,12 @@ class NoiseOfVelocity(nn.Module):
         return alpha_bar.sqrt() * self.velocity(x, t).float() + (1 - alpha_bar).sqrt() * x
 
 
+def as_matrix(weight: Tensor) -> Tensor:
+    """A view of a weight as a matrix with a row for each output; Muon does not mind in which order its columns come."""
+    dense = weight if weight.is_contiguous() else weight.permute(0, 2, 3, 1)  # of channels_last
+    return dense.flatten(1)
+
+
 def train(recipe: Recipe, seconds: float, looks: tuple[float, ...] = (1.0,),
           seed: int = 0) -> Iterator[tuple[float, int, U_net]]:
     """Trains on MNIST for so many seconds; at each of the given shares of them yields the seconds trained, the images
@@ -54,7 +61,14 @@ def train(recipe: Recipe, seconds: float, looks: tuple[float, ...] = (1.0,),
     torch.manual_seed(seed)
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     model = U_net(device, **recipe.network).to(memory_format=layout)
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, fused=True)
+    hidden = [weight for weight in model.parameters() if recipe.muon and weight.ndim > 1 and min(weight.shape[:2]) >= 16]
+    others = [weight for weight in model.parameters() if not any(weight is other for other in hidden)]
+    matrices = [nn.Parameter(as_matrix(weight.detach())) for weight in hidden]
+    if recipe.muon:
+        optimizers = {torch.optim.Muon(matrices, weight_decay=0, adjust_lr_fn="match_rms_adamw"): recipe.learning_rate,
+                      torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0, fused=True): recipe.learning_rate / 4}
+    else:
+        optimizers = {torch.optim.AdamW(others, fused=True): recipe.learning_rate}
 
     def ema_update(averages, weights, num_updates):
         decay = min(recipe.ema, (1 + num_updates.item()) / (10 + num_updates.item()))
@@ -68,9 +82,9 @@ def train(recipe: Recipe, seconds: float, looks: tuple[float, ...] = (1.0,),
     while looks:
         start = time.perf_counter()
         share = min(1.0, elapsed / seconds)
-        if recipe.decay == "cosine":
-            factor = min(1, 20 * share + 0.01) * (1 + math.cos(math.pi * share)) / 2
-            optimizer.param_groups[0]["lr"] = recipe.learning_rate * factor
+        factor = min(1, 20 * share + 0.01) * (1 + math.cos(math.pi * share)) / 2 if recipe.decay == "cosine" else 1
+        for optimizer, peak in optimizers.items():
+            optimizer.param_groups[0]["lr"] = peak * factor
         x0 = pixels[torch.randint(len(pixels), (recipe.batch_size,), device=device)].float() / 127.5 - 1
         t = torch.rand(recipe.batch_size, device=device)
         if recipe.stratified:
@@ -85,10 +99,13 @@ def train(recipe: Recipe, seconds: float, looks: tuple[float, ...] = (1.0,),
             snr = at / (1 - at)
             loss = loss * snr.clamp(max=recipe.min_snr) / (snr if recipe.target == "noise" else snr + 1)
         loss = loss.mean()
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-        optimizer.step()
+        for matrix, weight in zip(matrices, hidden):
+            matrix.grad = as_matrix(weight.grad)
+        for optimizer in optimizers:
+            optimizer.step()
         if ema is not None:
             ema.update_parameters(model)
         if device == "cuda":
@@ -117,6 +134,8 @@ CHANGES = {
     "cosine decay": {"decay": "cosine"}, "learning rate 2e-3": {"learning_rate": 2e-3},
     "EMA 0.999": {"ema": 0.999}, "EMA 0.9995": {"ema": 0.9995},
     "channels_last": {"channels_last": True}, "bf16": {"bf16": True},
+    "Muon 2e-3": {"muon": True, "learning_rate": 2e-3}, "Muon 4e-3": {"muon": True, "learning_rate": 4e-3},
+    "Muon 8e-3": {"muon": True, "learning_rate": 8e-3},
     "batch 32": {"batch_size": 32}, "batch 16": {"batch_size": 16}, "batch 128": {"batch_size": 128},
     "stratified timesteps": {"stratified": True}, "min-SNR 5": {"min_snr": 5.0},
     "velocity": {"target": "velocity"}, "velocity, min-SNR 5": {"target": "velocity", "min_snr": 5.0},

@@ -12,6 +12,7 @@ import torch
 
 from checkpoint import hold_signals, load_checkpoint, save_checkpoint
 from model import U_net
+from noise import SAMPLERS, NoiseScheduler, gaussian_noise, image_generators
 
 SHIPPED = Path(__file__).parents[1] / "Save_model" / "model_DDPM.pth"
 
@@ -158,3 +159,18 @@ def test_the_shipped_checkpoint_loads_by_the_documented_snippet():
     assert rebuilt.metadata["noise_schedule"] == {"num_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
     x, t = torch.randn(1, 1, 28, 28), torch.tensor([500])
     assert torch.equal(model(x, t), rebuilt(x, t))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_shipped_checkpoint_draws_the_same_pictures_in_bf16(sampler):
+    model = U_net.from_checkpoint(SHIPPED).to(memory_format=torch.channels_last).eval()
+
+    def draw(bf16):
+        generators = image_generators(0, range(4))
+        noise = gaussian_noise(torch.empty(4, 1, 28, 28), generators)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            *_, (_, x0) = NoiseScheduler().denoise(model, noise, 20, sampler, generators)
+        return x0.clamp(-1, 1)
+    fp32, bf16 = draw(False), draw(True)
+    assert not torch.equal(fp32, bf16)
+    assert (fp32 - bf16).abs().mean() < 2 / 255  # one grey level: the range is 2
