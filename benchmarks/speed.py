@@ -6,12 +6,17 @@
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
+from denoising_diffusion_pytorch import Unet
+from diffusers import UNet2DModel
 from PIL import Image
+from smalldiffusion import Unet as ScaledUnet
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -20,6 +25,25 @@ from measure import ROOT, NoiseScheduler, U_net, device, gaussian_noise, image_g
 PLAIN = dict(cached=False, channels_last=False, bf16=False, fused=False, compiled=False)
 LADDER = {"plain loop": {}, "+ pixels decoded once": dict(cached=True), "+ channels_last": dict(channels_last=True),
           "+ bf16": dict(bf16=True), "+ fused optimizer": dict(fused=True), "+ torch.compile": dict(compiled=True)}
+
+
+class Diffusers(UNet2DModel):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t).sample
+
+
+class Smalldiffusion(ScaledUnet):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, 1.0 + t)  # it takes noise levels, not timesteps
+
+
+# Networks of published packages, as they come, with widths that give them within 10 % of the weights of ours.
+PEERS = {
+    "denoising-diffusion-pytorch": lambda: Unet(dim=24, dim_mults=(1, 2, 4), channels=1),
+    "diffusers": lambda: Diffusers(sample_size=28, in_channels=1, out_channels=1, block_out_channels=(32, 64, 64),
+                                   down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+                                   up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")),
+    "smalldiffusion": lambda: Smalldiffusion(28, 1, 1, ch=32, ch_mult=(1, 2, 2))}
 
 
 def wait() -> None:
@@ -52,11 +76,12 @@ def batches(source, batch_size: int):
                 yield source[index].float() / 127.5 - 1
 
 
-def train(source, steps: int, batch_size: int, cached, channels_last, bf16, fused, compiled, seed=0) -> tuple[list, list]:
-    """The losses and the seconds of each of so many steps of the simple network on MNIST."""
+def train(source, steps: int, batch_size: int, cached, channels_last, bf16, fused, compiled, seed=0,
+          build: Callable[[], nn.Module] = U_net) -> tuple[list, list]:
+    """The losses and the seconds of each of so many steps of a network on MNIST."""
     torch.manual_seed(seed)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    network = U_net(device).to(memory_format=layout)
+    network = build().to(device, memory_format=layout)
     model = torch.compile(network) if compiled else network
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3, fused=fused)
     scheduler, stream = NoiseScheduler(device=device), batches(source, batch_size)
@@ -77,9 +102,10 @@ def train(source, steps: int, batch_size: int, cached, channels_last, bf16, fuse
     return losses, seconds
 
 
-def sample(images: int, steps: int, channels_last, bf16, compiled, batch_size: int) -> float:
+def sample(images: int, steps: int, channels_last, bf16, compiled, batch_size: int,
+           build: Callable[[], nn.Module] = U_net) -> float:
     """Seconds for so many steps of so many images, batch_size at a time."""
-    network = U_net(device).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format).eval()
+    network = build().to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format).eval()
     model = torch.compile(network) if compiled else network
     scheduler, took = NoiseScheduler(device=device), []
     for first in range(0, images, batch_size):
@@ -125,6 +151,21 @@ def sampling_table(repetitions: int) -> list[str]:
     return rows
 
 
+def peers_table(pixels, batch_size: int, repetitions: int) -> list[str]:
+    """Ours in fp32 and as it is, beside the networks of others: pixels in memory and our loop for all."""
+    rows = ["| network | weights | training images/s | sampling ms an image and step |", "|---|---|---|---|"]
+    ours = {"ours": U_net, "ours, plain fp32": U_net}
+    for name, build in (ours | PEERS).items():
+        chosen = PLAIN | {"cached": True} | (dict(channels_last=True, bf16=True) if name == "ours" else {})
+        _, seconds = train(pixels, repetitions + 3, batch_size, **chosen, build=build)
+        options = {option: chosen[option] for option in ("channels_last", "bf16", "compiled")}
+        took = median(sample(25, 10, **options, batch_size=25, build=build) for _ in range(repetitions))
+        weights = sum(p.numel() for p in build().parameters())
+        rows.append(f"| {name} | {weights:,} | {batch_size / median(seconds[3:]):.0f} | {1000 * took / 250:.2f} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -134,7 +175,8 @@ def main() -> None:
     pixels = mnist("train")
     ours = PLAIN | dict(cached=True, channels_last=True, bf16=True, fused=True)
 
-    tables = training_table(pixels, args.batch_size, args.repetitions) + [""] + sampling_table(args.repetitions) + [""]
+    tables = [*training_table(pixels, args.batch_size, args.repetitions), "", *sampling_table(args.repetitions), "",
+              *peers_table(pixels, args.batch_size, args.repetitions), ""]
     step = {count: median(train(pixels[:count], args.repetitions + 3, args.batch_size, **ours)[1][3:])
             for count in (1000, 60_000)}
     tables.append(f"A step on 60,000 images takes {step[60_000] / step[1000]:.3f} times as long as on 1,000.")
