@@ -11,7 +11,7 @@ import torch
 from measure import ROOT, U_net, bf16_is_faster, classifier, device, frechet_distance, machine, mnist, plot_distances
 from recipe import Recipe, distance, train
 
-OURS = Recipe(learning_rate=4e-3, muon=True, decay="cosine", batch_size=32, ema=0.999, channels_last=True)
+OURS = Recipe(learning_rate=1e-3, decay="cosine", batch_size=32, ema=0.999, channels_last=True)
 
 
 def gradients() -> torch.Tensor:

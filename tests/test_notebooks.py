@@ -101,7 +101,7 @@ def train_until(folder, step, begins_at, **parameters):
     """Trains until the signal of Jupyter's Stop button comes in the middle of a step."""
     stop = (f"{IN_FP32}\nassert len(losses) == {begins_at}\nimport signal\ndef after_the_optimizer(*_):\n"
             f"    if len(losses) + 1 == {step}: os.kill(os.getpid(), signal.SIGINT)\n"
-            "optimizers[1].register_step_post_hook(after_the_optimizer)")
+            "optimizer.register_step_post_hook(after_the_optimizer)")
     message = f"stopped after step {step}; resume=True goes on from .*state.pth"
     with pytest.raises(papermill.PapermillExecutionError, match=message):
         train(folder, stop, **parameters)
@@ -114,15 +114,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, uninterru
     train(tmp_path, "assert len(losses) == 6", resume=True)
     resumed, whole = (load_checkpoint(folder / "run" / "state.pth") for folder in (tmp_path, uninterrupted))
     assert len(resumed["losses"]) == 8 and resumed["losses"] == whole["losses"]
-    for part in ("model", "ema", "muon", "adamw", "muon_schedule", "adamw_schedule"):
+    for part in ("model", "ema", "optimizer", "lr_schedule"):
         one, other = ({name: value for name, value in state[part].items() if not name.endswith("_extra_state")}
                       for state in (resumed, whole))  # which says how many seconds the run took
         assert same(one, other)
-
-
-def test_every_weight_is_trained(tmp_path):
-    train(tmp_path, "start = [p.detach().clone() for p in model.parameters()]\ndef last(*_):\n    assert not any(torch.equal(p, q) "
-          "for p, q in zip(model.parameters(), start))\noptimizers[1].register_step_post_hook(last)", max_images=64, num_epochs=1)
 
 
 def test_a_finished_run_may_train_on(finished_run):
@@ -151,14 +146,14 @@ def test_initial_weights_of_something_else_are_refused(finished_run, parameters,
 
 
 def test_a_resume_with_another_learning_rate_is_refused(finished_run):
-    with pytest.raises(papermill.PapermillExecutionError, match="learning_rate: the run in .* has 0.004, .* has 0.5"):
+    with pytest.raises(papermill.PapermillExecutionError, match="learning_rate: the run in .* has 0.001, .* has 0.5"):
         train(finished_run, resume=True, learning_rate=0.5)
 
 
 def test_a_gradient_that_is_not_finite_stops_before_a_weight_changes(finished_run):
     before = (finished_run / "run" / "model.pth").read_bytes()
     guard = ("def before_a_step(*_):\n    assert all(p.grad.isfinite().all() for p in model.parameters())\n"
-             "for optimizer in optimizers: optimizer.register_step_pre_hook(before_a_step)")
+             "optimizer.register_step_pre_hook(before_a_step)")
     with pytest.raises(papermill.PapermillExecutionError, match="step 1: the gradient is not finite at learning rate 9.62e.29"):
         train(finished_run, guard, learning_rate=1e30)
     (kept,) = (finished_run / "run").glob("model-*.pth")  # a new run sets the old one's files aside
@@ -185,7 +180,7 @@ TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-nod
 SGD = """
 import atexit
 use_bf16 = False
-optimizers = [torch.optim.SGD(model.parameters(), 0.1)]
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
 atexit.register(lambda: torch.save(model.state_dict(), f"{save_dir}-rank-{rank}.pth"))
 _save_checkpoint = save_checkpoint
 def save_checkpoint(state, path):
