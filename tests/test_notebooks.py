@@ -166,14 +166,15 @@ def train_as_script(folder, before_the_loop, launcher=(), **parameters):
     run("train.ipynb", folder, SMALL | {"save_dir": str(folder / "run")} | parameters, before_the_loop, prepare_only=True)
     script, _ = nbconvert.PythonExporter().from_filename(folder / "train.ipynb")
     (folder / "train.py").write_text(script)
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+                                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     finished = subprocess.run([sys.executable, *launcher, folder / "train.py"], cwd=ROOT, env=environment, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
     assert finished.returncode == 0, finished.stdout
     return finished.stdout
 
 
-TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
 
 
 # Plain gradient descent; every rank leaves its weights behind, and only the first may save checkpoints.
@@ -204,6 +205,19 @@ def test_two_processes_and_parts_of_batches_train_like_one_process_on_whole_batc
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-6)
         torch.testing.assert_close(parts[name], one[name], rtol=0, atol=1e-6)
+
+
+def test_a_job_whose_worker_is_killed_starts_again_and_resumes(tmp_path, uninterrupted):
+    kill = IN_FP32 + """
+assert len(losses) == (4 if restarted else 0)
+def after_the_optimizer(*_):
+    if rank == 1 and not restarted and len(losses) == 5: os.kill(os.getpid(), 9)
+optimizer.register_step_post_hook(after_the_optimizer)
+"""
+    printed = train_as_script(tmp_path / "killed", kill, TWO_PROCESSES)
+    assert "exitcode: -9" in printed
+    killed, whole = (load_checkpoint(folder / "run" / "state.pth")["losses"] for folder in (tmp_path / "killed", uninterrupted))
+    assert killed == pytest.approx(whole, rel=1e-4) and len(whole) == 8
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
