@@ -161,9 +161,19 @@ def test_the_shipped_checkpoint_loads_by_the_documented_snippet():
     assert torch.equal(model(x, t), rebuilt(x, t))
 
 
+@pytest.mark.parametrize("name, channels, size, weights", [
+    ("model_DDPM", 1, 28, 1_592_641), ("model_DDPM_large", 1, 28, 2_295_684), ("model_faces", 3, 32, 2_304_912)])
+def test_the_shipped_checkpoints_describe_themselves(name, channels, size, weights):
+    model = U_net.from_checkpoint(SHIPPED.with_stem(name))
+    assert (model.network["in_channels"], model.metadata["image_size"]) == (channels, size)
+    assert sum(p.numel() for p in model.parameters()) == weights
+    assert NoiseScheduler(**model.metadata["noise_schedule"]).num_timesteps == 1000
+
+
+@pytest.mark.parametrize("name", ["model_DDPM", "model_DDPM_large"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_shipped_checkpoint_draws_the_same_pictures_in_bf16(sampler):
-    model = U_net.from_checkpoint(SHIPPED).to(memory_format=torch.channels_last).eval()
+def test_a_shipped_checkpoint_draws_the_same_pictures_in_bf16(sampler, name):
+    model = U_net.from_checkpoint(SHIPPED.with_stem(name)).to(memory_format=torch.channels_last).eval()
 
     def draw(bf16):
         generators = image_generators(0, range(4))
