@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import signal
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,13 @@ import torch
 def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A file to write, which takes the name `path` when the block ends, whole and on the disk; missing folders are made.
 
-    Until then it has a temporary name in the same folder, so that `path` holds the old file or the new one, never a part.
-    Where the block raises, or the disk is full (OSError), the old file is unhurt and nothing else is left.
+    Until then it has a temporary name of its own in the same folder, so that `path` holds the old file or a new one, never a
+    part, however many write it. Where the block raises, or the disk is full (OSError), the old file is unhurt and nothing
+    else is left; a process that is killed leaves the hidden temporary file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -139,15 +139,17 @@ class NoiseScheduler(nn.Module):
         return xs.to(xt.dtype)
 
     def dpm_solver(self, eta: float = 1.0) -> Callable[..., Tensor]:
-        """A second-order multistep solver, DPM-Solver++(2M) of Lu et al. 2022: Algorithm 2 with eta = 0, its SDE with eta = 1.
+        """A second-order multistep solver, DPM-Solver++(2M) of Lu et al. 2022: of the ODE with eta = 0, of the SDE with eta = 1.
 
-        The image x̂_0 seen at t is carried on towards s as it moved on the step before, from u to t. With half the log of the
-        signal-to-noise ratio, λ = log √(ᾱ / (1 - ᾱ)), as the clock,
+        Half the log of the signal-to-noise ratio, λ = log √(ᾱ / (1 - ᾱ)), is the clock. On the way from t to s, h = λ_s - λ_t,
+        the exact solution (Eq. 8; section 5 for the SDE) sees the predicted image x̂_0 at each λ with the weight e^{kλ}, where
+        k = 1 + eta². It is taken to go on in a straight line as it moved on the step before, from u to t:
 
-            D = x̂_0(t) + (λ_s - λ_t) / (λ_t - λ_u) (x̂_0(t) - x̂_0(u)) / 2
+            D = x̂_0(t) + (h / (1 - e^{-kh}) - 1 / k) (x̂_0(t) - x̂_0(u)) / (λ_t - λ_u)
 
-        and what follows is the step of DDIM by the noise that D leaves in x_t. The first step has nothing to look back on, and
-        the last, where λ_s is infinite, takes x̂_0 as it is.
+        is its mean, and what follows is the step of DDIM by the noise that D leaves in x_t. (With h / 2 in the first bracket,
+        close to it where h is small, this is the paper's Algorithm 2.) The first step has nothing to look back on, and the
+        last, where λ_s is infinite, takes x̂_0 as it is.
 
         Returns step(xt, noise_pred, t, s, generator=None) -> x_s, t and s int. It remembers: take a new one for every walk.
         """
@@ -159,7 +161,8 @@ class NoiseScheduler(nn.Module):
             x0 = (xt - (1 - alpha_bar)**0.5 * noise_pred) / alpha_bar**0.5
             if u is not None and s >= 0:
                 lambda_u, lambda_t, lambda_s = map(self._half_log_snr, (u, t, s))
-                correction = (lambda_s - lambda_t) / (lambda_t - lambda_u) * (x0 - x0_u) / 2  # D - x0
+                h, k = lambda_s - lambda_t, 1 + eta**2
+                correction = (h / -math.expm1(-k * h) - 1 / k) / (lambda_t - lambda_u) * (x0 - x0_u)  # D - x0
                 noise_pred = noise_pred - (alpha_bar / (1 - alpha_bar))**0.5 * correction
             u, x0_u = t, x0
             return self.ddim_step(xt, noise_pred, t, s, eta, generator)

@@ -4,18 +4,19 @@
 """
 
 import argparse
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 
-from measure import ROOT, U_net, bf16_is_faster, classifier, device, frechet_distance, machine, mnist, plot_distances
-from recipe import Recipe, distance, train
+from measure import (CACHE, ROOT, Results, U_net, bf16_is_faster, classifier, command, device, frechet_distance, machine, mnist,
+                     plot_distances)
+from recipe import LARGE, Recipe, distance, train
 
-OURS = Recipe(learning_rate=1e-3, decay="cosine", batch_size=32, ema=0.999, channels_last=True)
+OURS = Recipe(learning_rate=1e-3, decay="cosine", batch_size=32, ema=0.999, channels_last=True, network=LARGE)
 
 
 def gradients() -> torch.Tensor:
-    model, x = U_net(device).to(memory_format=torch.channels_last), torch.zeros(4, 1, 28, 28, device=device)
+    model, x = U_net(device, **OURS.network).to(memory_format=torch.channels_last), torch.zeros(4, 1, 28, 28, device=device)
     prediction = model(x, torch.zeros(4, dtype=torch.long, device=device))
     return torch.autograd.grad(prediction.float().square().mean(), list(model.parameters()))[0]
 
@@ -30,21 +31,23 @@ def main() -> None:
 
     looks = (1 / 60, 1 / 30, 1 / 12, 1 / 6, 1 / 3, 2 / 3, 1.0)
     ours = replace(OURS, bf16=bf16_is_faster(gradients, device))
-    runs = [("the plain recipe", train(Recipe(), 60 * args.plain, looks), Recipe())]
-    runs += [("ours", train(ours, 60 * minutes), ours) for minutes in args.ours]
-    rows = []
-    for name, run, recipe in runs:
-        for seconds, seen, network in run:
-            rows.append((name, seconds / 60, seen, distance(recipe, network, args.samples)))
-            print(*rows[-1], flush=True)
+    runs = [("the plain recipe", Recipe(), args.plain, looks)] + [("ours", ours, minutes, (1.0,)) for minutes in args.ours]
+    results, rows = Results(CACHE / "cost_to_quality.json"), []
+    for name, recipe, minutes, looks in runs:
+        found = results.once((asdict(recipe), minutes, looks, args.samples, machine()), lambda: [
+            (seconds / 60, seen, distance(recipe, network, args.samples))
+            for seconds, seen, network in train(recipe, 60 * minutes, looks)])
+        rows += [(name, *row) for row in found]
+        print(name, *found, flush=True)
     curves = {name: [(minutes, found) for run, minutes, _, found in rows if run == name]
               for name in ("the plain recipe", "ours")}
     plain_minutes, plain_distance = curves["the plain recipe"][-1]
     reached = next((minutes for minutes, found in curves["ours"] if found <= plain_distance), None)
     verdict = f"Ours is there after {reached:.0f}, {plain_minutes / reached:.0f} times sooner." if reached else "Ours is not."
     floor = frechet_distance(classifier(0), mnist("train")[:args.samples], mnist("t10k"))
-    text = [f"`python benchmarks/cost_to_quality.py` on {machine()}: the Frechet distance of {args.samples:,} samples",
-            f"in 50 ancestral steps to the test images, on the features of a small classifier; as many training images are at {floor:.2f}.", "",
+    text = [f"`{command(args)}` on {machine()}:", "",
+            f"The Frechet distance of {args.samples:,} samples in 50 ancestral steps to the test images, on the features of a small",
+            f"classifier; as many training images are at {floor:.2f}. Ours is the larger network with the recipe of train.ipynb.", "",
             "| recipe | minutes | images seen | Frechet distance |", "|---|---|---|---|",
             *[f"| {name} | {minutes:.0f} | {seen:,} | {found:.2f} |" for name, minutes, seen, found in rows], "",
             f"The plain recipe is at {plain_distance:.2f} after {plain_minutes:.0f} minutes. {verdict}"]

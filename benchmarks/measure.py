@@ -1,10 +1,12 @@
 """What the benchmarks share: a classifier whose features tell digits apart, samples drawn once and kept, the distances."""
 
+import argparse
 import hashlib
-import os
+import json
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,7 +19,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from checkpoint import atomic_file, load_checkpoint, save_checkpoint  # noqa: E402
 from dataset_loader import image_grid, read_idx, to_image  # noqa: E402, F401
 from model import U_net, bf16_is_faster  # noqa: E402, F401
 from noise import NoiseScheduler, gaussian_noise, image_generators  # noqa: E402
@@ -33,7 +35,42 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor() or "CPU")
-    return f"{os.cpu_count()} cores of {name}, torch {torch.__version__}"
+    return f"{torch.get_num_threads()} threads on {name}, torch {torch.__version__}"
+
+
+def checkpoint_arguments(description: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks have which draw from a checkpoint."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a checkpoint of train.ipynb on MNIST")
+    parser.add_argument("--samples", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the quicker one, by a measurement at the start")
+    return parser
+
+
+def load_model(args: argparse.Namespace) -> U_net:
+    """The network of args.model, ready to draw; args.precision is chosen where it is None.
+
+    Raises ValueError where it does not draw images like those of MNIST.
+    """
+    model = U_net.from_checkpoint(args.model, device).to(memory_format=torch.channels_last).eval()
+    channels, size = model.network["in_channels"], model.metadata.get("image_size")
+    if (channels, size) != (1, 28):
+        raise ValueError(f"{args.model}: draws {channels} channel(s) at image_size {size}; the benchmarks compare with MNIST, "
+                         "so train a network of 1 channel at 28")
+    with torch.no_grad():
+        x, t = torch.zeros(25, 1, 28, 28, device=device), torch.zeros(25, dtype=torch.long, device=device)
+        args.precision = args.precision or ("bf16" if bf16_is_faster(lambda: model(x, t), device) else "fp32")
+    return model
+
+
+def command(args: argparse.Namespace) -> str:
+    """The command line that gives a benchmark all its options, those with default values as well."""
+    words = ["python", f"benchmarks/{Path(sys.argv[0]).name}"]
+    for name, value in vars(args).items():
+        words += [] if name == "model" else [f"--{name.replace('_', '-')}"]
+        words += value if isinstance(value, list) else [value]
+    return " ".join(map(str, words))
 
 
 def mnist(part: str, kind: str = "images-idx3") -> Tensor:
@@ -127,14 +164,31 @@ def draw(model: U_net, images: range, seed: int, num_steps: int, sampler: str, b
 
 def drawn_once(path: Path, model: U_net, images: range, seed: int, num_steps: int, sampler: str,
                **options) -> tuple[Tensor, float]:
-    """`draw`, kept in the cache under everything that decides the pictures, so that a stopped benchmark goes on."""
-    decides = [hashlib.md5(path.read_bytes()).hexdigest(), images, seed, num_steps, sampler, sorted(options.items()), device]
+    """`draw`, kept in the cache under everything that decides the pictures and the time, so that a stopped benchmark goes on."""
+    files = [hashlib.md5(file.read_bytes()).hexdigest() for file in (path, ROOT / "model.py", ROOT / "noise.py")]
+    decides = [*files, images, seed, num_steps, sampler, sorted(options.items()), machine()]
     kept = CACHE / f"samples_{hashlib.md5(repr(decides).encode()).hexdigest()[:16]}.pth"
     if not kept.exists():
         pixels, seconds = draw(model, images, seed, num_steps, sampler, **options)
         save_checkpoint({"pixels": pixels, "seconds": seconds}, kept)
     state = load_checkpoint(kept)
     return state["pixels"], state["seconds"]
+
+
+class Results:
+    """What was measured, in a JSON file, so that a benchmark that was stopped goes on after the last finished run."""
+
+    def __init__(self, path: Path):
+        self.path, self.kept = path, json.loads(path.read_text()) if path.exists() else {}
+
+    def once(self, key: tuple, run: Callable[[], list]) -> list:
+        """run(), or what it returned when it was last asked for with this key."""
+        key = json.dumps(key, sort_keys=True)
+        if key not in self.kept:
+            self.kept[key] = run()
+            with atomic_file(self.path) as file:
+                file.write(json.dumps(self.kept).encode())
+        return self.kept[key]
 
 
 def plot_distances(path: Path, cost: str, curves: dict[str, list[tuple[float, float]]], floor: float) -> None:

@@ -3,21 +3,32 @@
     python benchmarks/quality.py Save_model/model_DDPM.pth
 """
 
-import argparse
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from measure import (ROOT, U_net, bf16_is_faster, classifier, device, drawn_once, features, frechet_distance, image_grid,
-                     machine, mnist)
+from measure import (ROOT, checkpoint_arguments, classifier, command, device, drawn_once, features, frechet_distance,
+                     image_grid, load_model, machine, mnist)
+
+
+class Scaled(nn.Module):
+    """An extractor whose features have a mean square of 1 on the given images: the kernel of KID is made for such."""
+
+    def __init__(self, extractor: nn.Module, images: Tensor):
+        super().__init__()
+        self.extractor, self.num_features = extractor, extractor.num_features
+        self.scale = features(extractor, images).square().mean().rsqrt()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.scale * self.extractor(images)
 
 
 def kernel_distance(extractor: nn.Module, images: Tensor, reference: Tensor) -> float:
     """Kernel distance KID (Binkowski et al. 2018), the mean over 100 subsets of up to 1000 images, times 1000."""
     torch.manual_seed(0)
+    extractor = Scaled(extractor, reference)
     metric = KernelInceptionDistance(feature=extractor, subset_size=min(1000, len(images) // 2)).to(device)
     for part, real in ((images, False), (reference, True)):
         for batch in part.split(500):
@@ -47,18 +58,14 @@ def nearest(images: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--samples", type=int, default=10_000)
+    parser = checkpoint_arguments(__doc__)
     parser.add_argument("--sampler", default="ddpm")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    model = U_net.from_checkpoint(args.model, device).to(memory_format=torch.channels_last).eval()
-    x, t = torch.zeros(25, 1, 28, 28, device=device), torch.zeros(25, dtype=torch.long, device=device)
+    model = load_model(args)
     drawn, seconds = drawn_once(args.model, model, range(args.samples), args.seed, args.steps, args.sampler,
-                                bf16=bf16_is_faster(lambda: model(x, t), device))
+                                bf16=args.precision == "bf16")
     train, test = mnist("train"), mnist("t10k")
     sets = {"samples": drawn, "training images": train[:args.samples]}
 
@@ -79,15 +86,13 @@ def main() -> None:
     table += [f"| {measure} | " + " | ".join(f"{median(seed[name] for seed in seeds):.3f}" for name in sets) + " |"
               for measure, seeds in rows.items()]
 
-    (to_train, neighbour), (test_to_train, _), (to_test, _) = nearest(drawn, train), nearest(test, train), nearest(drawn, test)
+    (to_train, neighbour), (test_to_train, _) = nearest(drawn, train), nearest(test, train)
     counts = torch.bincount(extractor.predict(drawn), minlength=10).tolist()
-    options = f"--samples {args.samples} --sampler {args.sampler} --steps {args.steps} --seed {args.seed}"
-    text = [f"`python benchmarks/quality.py {args.model} {options}` on {machine()}; {seconds:.0f} s of sampling.",
+    text = [f"`{command(args)}` on {machine()}; {seconds:.0f} s of sampling.", "",
             f"{args.samples:,} samples against the 10,000 test images; beside them as many training images against the same.",
             "Features of a small classifier, the median of three seeds.", "", *table, "",
             f"Median distance of a sample to the nearest training image: {to_train.median():.3f}; of a test image: "
-            f"{test_to_train.median():.3f}; ratio {to_train.median() / test_to_train.median():.3f}. "
-            f"Of a sample to the nearest test image: {to_test.median():.3f}.", "",
+            f"{test_to_train.median():.3f}; ratio {to_train.median() / test_to_train.median():.3f}.", "",
             f"Digits 0 to 9 among the samples, as the classifier sees them: {', '.join(map(str, counts))}."]
     (ROOT / "benchmarks" / f"quality_{args.model.stem}.md").write_text("\n".join(text) + "\n")
     print("\n".join(text))

@@ -4,12 +4,17 @@
 """
 
 import argparse
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import nbconvert
+import papermill
 import torch
 import torch.nn.functional as F
 from denoising_diffusion_pytorch import Unet
@@ -20,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from measure import ROOT, NoiseScheduler, U_net, device, gaussian_noise, image_generators, machine, mnist
+from measure import (ROOT, NoiseScheduler, U_net, command, device, gaussian_noise, image_generators, load_checkpoint, machine,
+                     mnist)
 
 PLAIN = dict(cached=False, channels_last=False, bf16=False, fused=False, compiled=False)
 LADDER = {"plain loop": {}, "+ pixels decoded once": dict(cached=True), "+ channels_last": dict(channels_last=True),
@@ -126,7 +132,7 @@ def sample(images: int, steps: int, channels_last, bf16, compiled, batch_size: i
 def training_table(pixels, batch_size: int, repetitions: int) -> list[str]:
     rows, chosen = ["| training | images/s | of the plain loop |", "|---|---|---|"], PLAIN
     with tempfile.TemporaryDirectory() as folder:
-        files = Files(Path(folder), pixels[:2000])
+        files = Files(Path(folder), pixels[:max(2000, batch_size)])
         for name, ingredient in LADDER.items():
             chosen = chosen | ingredient
             _, seconds = train(pixels if chosen["cached"] else files, repetitions + 3, batch_size, **chosen)
@@ -152,18 +158,34 @@ def sampling_table(repetitions: int) -> list[str]:
 
 
 def peers_table(pixels, batch_size: int, repetitions: int) -> list[str]:
-    """Ours in fp32 and as it is, beside the networks of others: pixels in memory and our loop for all."""
-    rows = ["| network | weights | training images/s | sampling ms an image and step |", "|---|---|---|---|"]
-    ours = {"ours": U_net, "ours, plain fp32": U_net}
-    for name, build in (ours | PEERS).items():
-        chosen = PLAIN | {"cached": True} | (dict(channels_last=True, bf16=True) if name == "ours" else {})
-        _, seconds = train(pixels, repetitions + 3, batch_size, **chosen, build=build)
-        options = {option: chosen[option] for option in ("channels_last", "bf16", "compiled")}
-        took = median(sample(25, 10, **options, batch_size=25, build=build) for _ in range(repetitions))
+    """Ours beside the networks of others, each as it comes and in our precision and memory format; our loop for all."""
+    rows = ["| network | weights | | training images/s | sampling ms an image and step |", "|---|---|---|---|---|"]
+    settings = {"fp32": {}, "bf16, channels_last": dict(channels_last=True, bf16=True)}
+    for name, build in ({"ours": U_net} | PEERS).items():
         weights = sum(p.numel() for p in build().parameters())
-        rows.append(f"| {name} | {weights:,} | {batch_size / median(seconds[3:]):.0f} | {1000 * took / 250:.2f} |")
-        print(rows[-1], flush=True)
+        for setting, ingredients in settings.items():
+            chosen = PLAIN | {"cached": True} | ingredients
+            _, seconds = train(pixels, repetitions + 3, batch_size, **chosen, build=build)
+            options = {option: chosen[option] for option in ("channels_last", "bf16", "compiled")}
+            took = median(sample(25, 10, **options, batch_size=25, build=build) for _ in range(repetitions))
+            rate = batch_size / median(seconds[3:])
+            rows.append(f"| {name} | {weights:,} | {setting} | {rate:.0f} | {1000 * took / 250:.2f} |")
+            print(rows[-1], flush=True)
     return rows
+
+
+def notebook_rate(processes: int, threads: int, images: int, batch_size: int) -> float:
+    """Images a second of train.ipynb itself, on so many processes of so many threads, started as the README says."""
+    with tempfile.TemporaryDirectory() as folder:
+        notebook, script = Path(folder, "train.ipynb"), Path(folder, "train.py")
+        papermill.execute_notebook(ROOT / "train.ipynb", notebook, prepare_only=True, progress_bar=False, parameters={
+            "max_images": images, "num_epochs": 1, "batch_size": batch_size, "save_dir": folder})
+        script.write_text(nbconvert.PythonExporter().from_filename(notebook)[0])
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads),
+                                    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", script],
+                       cwd=ROOT, env=environment, check=True, capture_output=True)
+        return images / load_checkpoint(Path(folder, "state.pth"))["seconds"]
 
 
 def main() -> None:
@@ -180,6 +202,13 @@ def main() -> None:
     step = {count: median(train(pixels[:count], args.repetitions + 3, args.batch_size, **ours)[1][3:])
             for count in (1000, 60_000)}
     tables.append(f"A step on 60,000 images takes {step[60_000] / step[1000]:.3f} times as long as on 1,000.")
+    wide = torch.randint(256, (2000, 1, 64, 64), dtype=torch.uint8)
+    share = median(train(wide, args.repetitions + 3, args.batch_size, **ours)[1][3:]) / step[1000] / (64 / 28)**2
+    tables.append(f"At 64 x 64 a step takes {share:.3f} times as long for a pixel as at 28 x 28.")
+    if device == "cpu":
+        one, two = (notebook_rate(*many, images=100 * args.batch_size, batch_size=args.batch_size) for many in ((1, 2), (2, 1)))
+        tables.append(f"train.ipynb in one process of two threads: {one:.0f} images/s; in two processes of one thread: {two:.0f}, "
+                      f"{two / one:.2f} times as many.")
     if args.parity:
         mean = {}
         for name, ingredients in (("plain", PLAIN | {"cached": True}), ("ours", ours)):
@@ -187,7 +216,7 @@ def main() -> None:
             mean[name] = [sum(curve[-50:]) / 50 for curve in curves]
         tables.append(f"Mean loss of the last 50 of {args.parity} steps, seeds 0 to 2: " + "; ".join(
             f"{name} " + ", ".join(f"{loss:.4f}" for loss in losses) for name, losses in mean.items()) + ".")
-    heading = f"`python benchmarks/speed.py` on {machine()}, the simple network, batches of {args.batch_size} at 28 x 28."
+    heading = f"`{command(args)}` on {machine()}; the simple network at 28 x 28."
     (ROOT / "benchmarks" / "speed.md").write_text("\n".join([heading, "", *tables, ""]))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import hold_signals, load_checkpoint, save_checkpoint
+from checkpoint import atomic_file, hold_signals, load_checkpoint, save_checkpoint
 from model import U_net
 from noise import SAMPLERS, NoiseScheduler, gaussian_noise, image_generators
 
@@ -132,9 +132,18 @@ def test_a_killed_save_leaves_the_old_file_or_the_new_one(tmp_path):
         child.join()
         state = load_checkpoint(path)
         assert (state["weight"] == state["number"]).all()
-    assert set(os.listdir(tmp_path)) <= {"state.pth", ".state.pth.tmp"}
-    save_checkpoint({"epoch": 1}, path)
-    assert os.listdir(tmp_path) == ["state.pth"]
+    assert all(path.name == "state.pth" or path.match(".state.pth.*.tmp") for path in tmp_path.iterdir())
+
+
+def test_of_two_that_write_one_file_each_is_whole(tmp_path):
+    path = tmp_path / "state.pth"
+    with atomic_file(path) as slow:
+        slow.write(b"one ")
+        with atomic_file(path) as quick:
+            quick.write(b"two")
+        assert path.read_bytes() == b"two"
+        slow.write(b"and all the rest")
+    assert path.read_bytes() == b"one and all the rest" and os.listdir(tmp_path) == ["state.pth"]
 
 
 @pytest.mark.parametrize("arguments, message", [

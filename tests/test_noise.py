@@ -210,6 +210,28 @@ def test_the_error_of_a_solver_falls_with_its_order(solver, order):
     assert math.log(coarse / fine, 4) == pytest.approx(order, abs=0.25)
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_solver_is_exact_where_the_predicted_image_moves_evenly(scheduler, no_fresh_noise, eta):
+    """x_t = α z with dz = (1 + eta^2) (x̂_0 - z) dλ in the mean, integrated in small steps of Runge and Kutta."""
+    _, alpha_bar = as_paper(scheduler)
+    half_log_snr = [math.log(a / (1 - a)) / 2 for a in alpha_bar]
+    moving = lambda at: 0.3 - 0.2 * at  # x̂_0 as a function of λ
+
+    def noise(x, t):
+        return (x - math.sqrt(alpha_bar[t]) * moving(half_log_snr[t])) / math.sqrt(1 - alpha_bar[t])
+    step, x = scheduler.dpm_solver(eta), torch.full((1, 1, 1, 1), 0.7).double()
+    x = step(x, noise(x, 700), 700, 500)
+    z, at, h = x.item() / math.sqrt(alpha_bar[500]), half_log_snr[500], (half_log_snr[200] - half_log_snr[500]) / 1000
+    slope = lambda z, at: (1 + eta**2) * (moving(at) - z)
+    for _ in range(1000):
+        k1 = slope(z, at)
+        k2 = slope(z + h / 2 * k1, at + h / 2)
+        k3 = slope(z + h / 2 * k2, at + h / 2)
+        k4 = slope(z + h * k3, at + h)
+        z, at = z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), at + h
+    assert step(x, noise(x, 500), 500, 200).item() == pytest.approx(math.sqrt(alpha_bar[200]) * z, abs=1e-9)
+
+
 def test_the_first_and_the_last_step_of_the_solver_are_ancestral(scheduler):
     """With no step before it, or no signal-to-noise ratio after it, D is the predicted x_0."""
     x, first, last = torch.randn(3, 2, 1, 8, 8, generator=rng()).double()
@@ -238,7 +260,7 @@ def gaussian_denoiser(scheduler, mean, std):
 
 
 @pytest.mark.parametrize("sampler, num_steps", [("ddpm", 1000), ("ddpm", 200), ("ddim", 1000), ("ddim", 200),
-                                                ("dpm_solver", 1000), ("dpm_solver", 50)])
+                                                ("dpm_solver", 1000), ("dpm_solver", 100)])
 def test_samples_of_a_gaussian_have_its_mean_and_variance(scheduler, sampler, num_steps):
     mean, std, n = 0.3, 0.5, 40_000
     xt = torch.randn(n, 1, 1, 1, generator=rng()).double()
