@@ -59,8 +59,8 @@ def nearest(images: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     parser = checkpoint_arguments(__doc__)
-    parser.add_argument("--sampler", default="ddpm")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--sampler", default="dpm_solver")
+    parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
 
     model = load_model(args)

@@ -12,7 +12,7 @@ from measure import (ROOT, U_net, checkpoint_arguments, classifier, command, dev
 
 SAMPLERS = {"ddpm": ("ddpm", {}), "ddim": ("ddim", {}), "dpm_solver": ("dpm_solver", {}),
             "dpm_solver, eta 0": ("dpm_solver", {"eta": 0.0})}
-DEFAULT = "dpm_solver", 10  # of generate_image.ipynb
+DEFAULT = "dpm_solver", 20  # of generate_image.ipynb
 
 
 def one_at_a_time(model: U_net, count: int) -> float:
