@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -136,12 +137,21 @@ def features(extractor: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([extractor(batch.to(device)) for batch in images.split(500)])
 
 
+@lru_cache(maxsize=8)
+def distance_to(reference: Tensor, extractor: nn.Module) -> FrechetInceptionDistance:
+    """The Frechet distance with its reference images seen once for all: they are the same in every row of a table."""
+    metric = FrechetInceptionDistance(feature=extractor, reset_real_features=False).to(device)
+    for batch in reference.split(500):
+        metric.update(batch.to(device), real=True)
+    return metric
+
+
 def frechet_distance(extractor: nn.Module, images: Tensor, reference: Tensor) -> float:
     """Frechet distance (Heusel et al. 2017) between the features of two sets of uint8 images (N, C, H, W)."""
-    metric = FrechetInceptionDistance(feature=extractor).to(device)
-    for part, real in ((images, False), (reference, True)):
-        for batch in part.split(500):
-            metric.update(batch.to(device), real=real)
+    metric = distance_to(reference, extractor)
+    metric.reset()  # forgets the other images, not the reference
+    for batch in images.split(500):
+        metric.update(batch.to(device), real=False)
     return metric.compute().item()
 
 
