@@ -4,9 +4,10 @@ import io
 import os
 import pickle
 import signal
+import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,10 +20,14 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
     Until then it has a temporary name of its own in the same folder, so that `path` holds the old file or a new one, never a
     part, however many write it. Where the block raises, or the disk is full (OSError), the old file is unhurt and nothing
-    else is left; a process that is killed leaves the hidden temporary file.
+    else is left. What a process leaves that is killed meanwhile is removed by a later call, an hour old or more.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        with suppress(FileNotFoundError):  # another writer's, who is done by now
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
