@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 Generators = torch.Generator | list[torch.Generator] | None
+Predictor = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> predicted noise: a network
 SAMPLERS = ("ddpm", "ddim", "dpm_solver")
 
 
@@ -42,6 +43,25 @@ def gaussian_noise(like: Tensor, generator: Generators = None) -> Tensor:
     if len(generator) != len(like):
         raise ValueError(f"{len(generator)} generators for {len(like)} images: pass one for each image")
     return torch.stack([draw(like.shape[1:], g) for g in generator]).to(like.device)
+
+
+def autoguided(model: Predictor, guide: Predictor, guidance: float) -> Predictor:
+    """Autoguidance (Karras et al. 2024, section 4): a prediction that goes on past `model`, away from a weaker network.
+
+        ε = ε_guide + w (ε_model - ε_guide)
+
+    guide: a network of the same images and noise schedule that errs where `model` errs, only more, as when it has the same
+    parts and was trained for a sixteenth of the time. Where both agree nothing changes; where they differ, what the longer
+    training mended is mended further.
+    guidance: w. 1 is `model` alone; larger values draw clearer and, in the end, less varied images. Raises ValueError below 1.
+    """
+    if not guidance >= 1:
+        raise ValueError(f"guidance {guidance}: must be at least 1, which draws without the guide")
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        weaker = guide(x, t)
+        return weaker + guidance * (model(x, t) - weaker)
+    return predict
 
 
 class NoiseScheduler(nn.Module):
@@ -172,7 +192,7 @@ class NoiseScheduler(nn.Module):
         alpha_bar = self._alpha_bar_float[t + 1]
         return math.log(alpha_bar / (1 - alpha_bar)) / 2
 
-    def denoise(self, model: nn.Module, xt: Tensor, num_steps: int | None = None, sampler: str = "ddpm",
+    def denoise(self, model: Predictor, xt: Tensor, num_steps: int | None = None, sampler: str = "ddpm",
                 generator: Generators = None, eta: float | None = None) -> Iterator[tuple[int, Tensor]]:
         """The reverse process from pure noise to images, one evaluation of the network a step.
 

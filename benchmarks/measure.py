@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from checkpoint import atomic_file, load_checkpoint, save_checkpoint  # noqa: E402
 from dataset_loader import image_grid, read_idx, to_image  # noqa: E402, F401
 from model import U_net, bf16_is_faster  # noqa: E402, F401
-from noise import NoiseScheduler, gaussian_noise, image_generators  # noqa: E402
+from noise import NoiseScheduler, autoguided, gaussian_noise, image_generators  # noqa: E402
 
 CACHE = ROOT / "benchmarks" / "cache"  # git-ignored: what takes long is made once
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,12 +49,26 @@ def checkpoint_arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def ready(path: Path) -> U_net:
+    """The network of a checkpoint, as generate_image.ipynb prepares it."""
+    return U_net.from_checkpoint(path, device).to(memory_format=torch.channels_last).eval()
+
+
+def guide_path(path: Path) -> Path:
+    """Where the guide of a checkpoint lies."""
+    return path.with_stem(f"{path.stem}_guide")
+
+
+def guide_of(path: Path, guidance: float) -> U_net | None:
+    return ready(guide_path(path)) if guidance != 1 else None
+
+
 def load_model(args: argparse.Namespace) -> U_net:
     """The network of args.model, ready to draw; args.precision is chosen where it is None.
 
     Raises ValueError where it does not draw images like those of MNIST.
     """
-    model = U_net.from_checkpoint(args.model, device).to(memory_format=torch.channels_last).eval()
+    model = ready(args.model)
     channels, size = model.network["in_channels"], model.metadata.get("image_size")
     if (channels, size) != (1, 28):
         raise ValueError(f"{args.model}: draws {channels} channel(s) at image_size {size}; the benchmarks compare with MNIST, "
@@ -156,8 +170,9 @@ def frechet_distance(extractor: nn.Module, images: Tensor, reference: Tensor) ->
 
 
 def draw(model: U_net, images: range, seed: int, num_steps: int, sampler: str, batch_size: int = 250, bf16: bool = False,
-         **options) -> tuple[Tensor, float]:
+         guide: U_net | None = None, guidance: float = 1.0, **options) -> tuple[Tensor, float]:
     """The images of one seed, uint8 (N, C, H, W), as generate_image.ipynb draws them, and the seconds that it took."""
+    predict = model if guide is None else autoguided(model, guide, guidance)
     scheduler = NoiseScheduler(**model.metadata["noise_schedule"], device=device)
     size = model.metadata["image_size"]
     shape = (model.network["in_channels"], *([size] * 2 if isinstance(size, int) else size))
@@ -166,20 +181,22 @@ def draw(model: U_net, images: range, seed: int, num_steps: int, sampler: str, b
         generators = image_generators(seed, images[first - images.start:][:batch_size])
         xt = gaussian_noise(torch.empty(len(generators), *shape, device=device), generators)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            for _, xt in scheduler.denoise(model, xt, num_steps, sampler, generators, **options):
+            for _, xt in scheduler.denoise(predict, xt, num_steps, sampler, generators, **options):
                 pass
         drawn.append(to_image(xt).cpu())
     return torch.cat(drawn), time.perf_counter() - start
 
 
 def drawn_once(path: Path, model: U_net, images: range, seed: int, num_steps: int, sampler: str,
-               **options) -> tuple[Tensor, float]:
+               guidance: float = 1.0, **options) -> tuple[Tensor, float]:
     """`draw`, kept in the cache under everything that decides the pictures and the time, so that a stopped benchmark goes on."""
-    files = [hashlib.md5(file.read_bytes()).hexdigest() for file in (path, ROOT / "model.py", ROOT / "noise.py")]
-    decides = [*files, images, seed, num_steps, sampler, sorted(options.items()), machine()]
+    files = [path, ROOT / "model.py", ROOT / "noise.py"] + [guide_path(path)] * (guidance != 1)
+    decides = [hashlib.md5(file.read_bytes()).hexdigest() for file in files]
+    decides += [images, seed, num_steps, sampler, guidance, sorted(options.items()), machine()]
     kept = CACHE / f"samples_{hashlib.md5(repr(decides).encode()).hexdigest()[:16]}.pth"
     if not kept.exists():
-        pixels, seconds = draw(model, images, seed, num_steps, sampler, **options)
+        pixels, seconds = draw(model, images, seed, num_steps, sampler, guide=guide_of(path, guidance), guidance=guidance,
+                               **options)
         save_checkpoint({"pixels": pixels, "seconds": seconds}, kept)
     state = load_checkpoint(kept)
     return state["pixels"], state["seconds"]

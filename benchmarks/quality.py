@@ -60,12 +60,13 @@ def nearest(images: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 def main() -> None:
     parser = checkpoint_arguments(__doc__)
     parser.add_argument("--sampler", default="dpm_solver")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--guidance", type=float, default=1.5, help="1: without the guide beside the checkpoint")
     args = parser.parse_args()
 
     model = load_model(args)
     drawn, seconds = drawn_once(args.model, model, range(args.samples), args.seed, args.steps, args.sampler,
-                                bf16=args.precision == "bf16")
+                                args.guidance, bf16=args.precision == "bf16")
     train, test = mnist("train"), mnist("t10k")
     sets = {"samples": drawn, "training images": train[:args.samples]}
 

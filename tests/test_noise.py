@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from noise import SAMPLERS, NoiseScheduler, gaussian_noise, image_generators
+from noise import SAMPLERS, NoiseScheduler, autoguided, gaussian_noise, image_generators
 
 
 @pytest.fixture
@@ -269,6 +269,26 @@ def test_samples_of_a_gaussian_have_its_mean_and_variance(scheduler, sampler, nu
     bias = 0.02 * std  # of the finite number of steps
     assert abs(x0.mean().item() - mean) < 4 * std / math.sqrt(n) + bias
     assert abs(x0.std().item() - std) < 4 * std / math.sqrt(2 * n) + bias
+
+
+@pytest.mark.parametrize("t", [0, 300, 999])
+@pytest.mark.parametrize("guidance", [1.0, 1.5, 3.0])
+def test_guided_noise_of_two_gaussians_is_that_of_their_weighted_product(scheduler, t, guidance):
+    """The scores add up, so x_t looks drawn from p_model^w p_guide^(1 - w): a Gaussian again, whose precisions add up."""
+    (mean, std), (guide_mean, guide_std) = (0.3, 0.5), (0.1, 0.8)
+    alpha_bar = as_paper(scheduler)[1][t]
+    w, v, u = guidance, *(alpha_bar * s**2 + 1 - alpha_bar for s in (std, guide_std))  # the variances of x_t
+    precision = w / v + (1 - w) / u
+    center = math.sqrt(alpha_bar) * (w / v * mean + (1 - w) / u * guide_mean) / precision
+    predict = autoguided(gaussian_denoiser(scheduler, mean, std), gaussian_denoiser(scheduler, guide_mean, guide_std), guidance)
+    x = torch.randn(100, 1, 1, 1, generator=rng()).double()
+    expected = math.sqrt(1 - alpha_bar) * (x - center) * precision  # noise = -sqrt(1 - alpha_bar) score
+    assert torch.allclose(predict(x, torch.full((100,), t)), expected, rtol=0, atol=1e-12)
+
+
+def test_guidance_below_1_is_refused():
+    with pytest.raises(ValueError, match="guidance 0.5: must be at least 1"):
+        autoguided(lambda x, t: x, lambda x, t: x, 0.5)
 
 
 def test_ddim_equals_the_closed_form_on_a_gaussian(scheduler):

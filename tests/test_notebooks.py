@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbconvert
 import nbformat
+import numpy as np
 import papermill
 import pytest
 import torch
@@ -23,7 +24,7 @@ MNIST = str(ROOT / "Assets" / "MNIST" / "train-images-idx3-ubyte.gz")
 PARAMETERS = {
     "train.ipynb": "data_path image_size in_channels num_timesteps t_dim network initial_weights batch_size micro_batch_size "
                    "learning_rate num_epochs max_images seed save_dir resume",
-    "generate_image.ipynb": "model_path num_images sampler num_steps seed output_dir"}
+    "generate_image.ipynb": "model_path num_images sampler num_steps guidance seed output_dir"}
 
 
 SMALL = {"data_path": MNIST, "network": {"widths": [16, 32]}, "t_dim": 32, "max_images": 256, "num_epochs": 2,
@@ -97,6 +98,26 @@ def test_a_checkpoint_that_does_not_say_how_to_draw_from_it_is_refused(tmp_path)
     save_checkpoint(U_net(t_dim=8, widths=(8,)).state_dict(), tmp_path / "model.pth")
     with pytest.raises(ValueError, match="model.pth: does not say its image_size and noise_schedule"):
         generate(tmp_path, model_path=str(tmp_path / "model.pth"))
+
+
+def test_the_average_after_a_sixteenth_of_a_run_guides_its_end(tmp_path, capsys):
+    keep = "early = []\ndef keep(*_): early.extend(p.clone() for p in model.parameters() if not losses)\n"
+    names = train(tmp_path, keep + "optimizer.register_step_post_hook(keep)", batch_size=32)  # 16 steps; the first average
+    guide = U_net.from_checkpoint(tmp_path / "run" / "model_guide.pth")
+    assert guide.metadata["training"]["steps"] == 1
+    assert all(map(torch.equal, guide.parameters(), names["early"]))  # ... is of the weights after one step
+
+    def pixels(guidance):
+        return np.asarray(Image.open(generate(tmp_path, num_images=4, num_steps=5, guidance=guidance) / "grid.png")).astype(int)
+    alone = pixels(1)
+    assert "without a guide" in capsys.readouterr().out
+    once, twice = (abs(pixels(guidance) - alone).mean() for guidance in (1.1, 1.2))
+    assert "model_guide.pth" in capsys.readouterr().out and 0 < once < twice
+
+    guide.metadata["image_size"] = 32
+    save_checkpoint(guide.state_dict(), tmp_path / "run" / "model_guide.pth")
+    with pytest.raises(ValueError, match="image_size: .*model_guide.pth has 32, .*model.pth has 28"):
+        generate(tmp_path)
 
 
 IN_FP32 = "use_bf16 = False"  # instead of what a measurement found, which may differ from run to run
