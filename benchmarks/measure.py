@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from statistics import median
 
 import matplotlib.pyplot as plt
 import torch
@@ -88,6 +89,7 @@ def command(args: argparse.Namespace) -> str:
     return " ".join(map(str, words))
 
 
+@lru_cache
 def mnist(part: str, kind: str = "images-idx3") -> Tensor:
     """One of the files in Assets/MNIST, uint8; images are (N, 1, 28, 28), part is "train" or "t10k"."""
     content = read_idx(ROOT / "Assets" / "MNIST" / f"{part}-{kind}-ubyte.gz")
@@ -118,6 +120,7 @@ class Classifier(nn.Module):
         return torch.cat([self.digit(self(batch.to(device))).argmax(dim=1).cpu() for batch in images.split(500)])
 
 
+@lru_cache
 def classifier(seed: int, epochs: int = 3) -> Classifier:
     """Trains a classifier on the 60,000 training images, or takes the one that an earlier call with this seed left behind."""
     path = CACHE / f"classifier_{seed}_{epochs}.pth"
@@ -151,7 +154,7 @@ def features(extractor: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([extractor(batch.to(device)) for batch in images.split(500)])
 
 
-@lru_cache(maxsize=8)
+@lru_cache
 def distance_to(reference: Tensor, extractor: nn.Module) -> FrechetInceptionDistance:
     """The Frechet distance with its reference images seen once for all: they are the same in every row of a table."""
     metric = FrechetInceptionDistance(feature=extractor, reset_real_features=False).to(device)
@@ -167,6 +170,11 @@ def frechet_distance(extractor: nn.Module, images: Tensor, reference: Tensor) ->
     for batch in images.split(500):
         metric.update(batch.to(device), real=False)
     return metric.compute().item()
+
+
+def distance_to_test(images: Tensor) -> float:
+    """The Frechet distance of uint8 images (N, 1, 28, 28) to the 10,000 test images: the median of three classifiers' features."""
+    return median(frechet_distance(extractor, images, mnist("t10k")) for extractor in map(classifier, range(3)))
 
 
 def draw(model: U_net, images: range, seed: int, num_steps: int, sampler: str, batch_size: int = 250, bf16: bool = False,
@@ -206,16 +214,19 @@ class Results:
     """What was measured, in a JSON file, so that a benchmark that was stopped goes on after the last finished run."""
 
     def __init__(self, path: Path):
-        self.path, self.kept = path, json.loads(path.read_text()) if path.exists() else {}
+        self.path = path
+
+    def kept(self) -> dict[str, list]:
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def once(self, key: tuple, run: Callable[[], list]) -> list:
         """run(), or what it returned when it was last asked for with this key."""
         key = json.dumps(key, sort_keys=True)
-        if key not in self.kept:
-            self.kept[key] = run()
-            with atomic_file(self.path) as file:
-                file.write(json.dumps(self.kept).encode())
-        return self.kept[key]
+        if key not in self.kept():
+            found = run()
+            with atomic_file(self.path) as file:  # with what a benchmark beside this one has written meanwhile
+                file.write(json.dumps(self.kept() | {key: found}).encode())
+        return self.kept()[key]
 
 
 def plot_distances(path: Path, cost: str, curves: dict[str, list[tuple[float, float]]], floor: float) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from measure import (CACHE, ROOT, NoiseScheduler, Results, U_net, classifier, command, device, draw, frechet_distance,
+from measure import (CACHE, ROOT, NoiseScheduler, Results, U_net, bf16_is_faster, command, device, distance_to_test, draw,
                      machine, mnist)
 
 
@@ -119,14 +119,25 @@ def train(recipe: Recipe, seconds: float, looks: tuple[float, ...] = (1.0,),
             yield elapsed, seen, network
 
 
-def distance(recipe: Recipe, network: U_net, samples: int) -> float:
-    """Frechet distance of samples in 50 ancestral steps to the test images."""
+def bf16_trains_faster(network: dict) -> bool:
+    """A measurement, that of train.ipynb."""
+    model, x = U_net(device, **network).to(memory_format=torch.channels_last), torch.zeros(4, 1, 28, 28, device=device)
+
+    def gradients():
+        prediction = model(x, torch.zeros(4, dtype=torch.long, device=device))
+        return torch.autograd.grad(prediction.float().square().mean(), list(model.parameters()))[0]
+
+    return bf16_is_faster(gradients, device)
+
+
+def distance(recipe: Recipe, network: U_net, samples: int, bf16: bool) -> float:
+    """Frechet distance to the test images of samples in the ten steps of generate_image.ipynb, without a guide."""
     network.eval()
     alpha_bar = NoiseScheduler(beta_end=recipe.beta_end, device=device).alpha_bar
     model = network if recipe.target == "noise" else NoiseOfVelocity(network, alpha_bar)
-    drawn, _ = draw(model, range(samples), 0, 50, "ddpm", bf16=recipe.bf16)
+    drawn, _ = draw(model, range(samples), 0, 10, "dpm_solver", bf16=bf16)
     network.train()
-    return frechet_distance(classifier(0), drawn, mnist("t10k"))
+    return distance_to_test(drawn)
 
 
 LARGE = {"widths": (64,), "blocks": 2, "bottleneck": 128, "attention": 3, "normalise": True, "patch": 2}
@@ -155,13 +166,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--samples", type=int, default=1000)
     args = parser.parse_args()
-    results = Results(CACHE / "recipe.json")
+    torch.set_num_threads(1)  # on one core each, two tables can be measured side by side
+    results, bf16 = Results(CACHE / "recipe.json"), bf16_trains_faster({})
 
     def measure(recipe: Recipe, seed: int = 0) -> tuple[float, int]:
         def run():
             try:
                 (_, seen, network), = train(recipe, 60 * args.minutes, seed=seed)
-                return distance(recipe, network, args.samples), seen
+                return distance(recipe, network, args.samples, bf16), seen
             except (RuntimeError, ValueError) as error:  # a gradient or a prediction that is not finite
                 print(error)
                 return math.inf, 0
