@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from checkpoint import atomic_file, load_checkpoint, save_checkpoint  # noqa: E402
 from dataset_loader import image_grid, read_idx, to_image  # noqa: E402, F401
 from model import U_net, bf16_is_faster  # noqa: E402, F401
-from noise import NoiseScheduler, autoguided, gaussian_noise, image_generators  # noqa: E402
+from noise import NoiseScheduler, autoguided, gaussian_noise, image_generators, random_stream  # noqa: E402, F401
 
 CACHE = ROOT / "benchmarks" / "cache"  # git-ignored: what takes long is made once
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,7 +37,9 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor() or "CPU")
-    return f"{torch.get_num_threads()} threads on {name}, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return (f"{threads} thread{'s' * (threads > 1)} on {name} ({torch.backends.cpu.get_cpu_capability()}), "
+            f"torch {torch.__version__}")
 
 
 def checkpoint_arguments(description: str) -> argparse.ArgumentParser:
@@ -178,10 +180,13 @@ def distance_to_test(images: Tensor) -> float:
 
 
 def draw(model: U_net, images: range, seed: int, num_steps: int, sampler: str, batch_size: int = 250, bf16: bool = False,
-         guide: U_net | None = None, guidance: float = 1.0, **options) -> tuple[Tensor, float]:
-    """The images of one seed, uint8 (N, C, H, W), as generate_image.ipynb draws them, and the seconds that it took."""
+         guide: U_net | None = None, guidance: float = 1.0, denoise: Callable | None = None, **options) -> tuple[Tensor, float]:
+    """The images of one seed, uint8 (N, C, H, W), as generate_image.ipynb draws them, and the seconds that it took.
+
+    denoise: takes the place of `NoiseScheduler.denoise`.
+    """
     predict = model if guide is None else autoguided(model, guide, guidance)
-    scheduler = NoiseScheduler(**model.metadata["noise_schedule"], device=device)
+    denoise = denoise or NoiseScheduler(**model.metadata["noise_schedule"], device=device).denoise
     size = model.metadata["image_size"]
     shape = (model.network["in_channels"], *([size] * 2 if isinstance(size, int) else size))
     drawn, start = [], time.perf_counter()
@@ -189,18 +194,22 @@ def draw(model: U_net, images: range, seed: int, num_steps: int, sampler: str, b
         generators = image_generators(seed, images[first - images.start:][:batch_size])
         xt = gaussian_noise(torch.empty(len(generators), *shape, device=device), generators)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            for _, xt in scheduler.denoise(predict, xt, num_steps, sampler, generators, **options):
+            for _, xt in denoise(predict, xt, num_steps, sampler, generators, **options):
                 pass
         drawn.append(to_image(xt).cpu())
     return torch.cat(drawn), time.perf_counter() - start
 
 
+def fingerprint(*paths: Path) -> list[str]:
+    """What tells these checkpoints and the code that draws from them from any other."""
+    return [hashlib.md5(file.read_bytes()).hexdigest() for file in (*paths, ROOT / "model.py", ROOT / "noise.py")]
+
+
 def drawn_once(path: Path, model: U_net, images: range, seed: int, num_steps: int, sampler: str,
                guidance: float = 1.0, **options) -> tuple[Tensor, float]:
     """`draw`, kept in the cache under everything that decides the pictures and the time, so that a stopped benchmark goes on."""
-    files = [path, ROOT / "model.py", ROOT / "noise.py"] + [guide_path(path)] * (guidance != 1)
-    decides = [hashlib.md5(file.read_bytes()).hexdigest() for file in files]
-    decides += [images, seed, num_steps, sampler, guidance, sorted(options.items()), machine()]
+    decides = [*fingerprint(path, *[guide_path(path)] * (guidance != 1)), images, seed, num_steps, sampler, guidance,
+               sorted(options.items()), machine()]
     kept = CACHE / f"samples_{hashlib.md5(repr(decides).encode()).hexdigest()[:16]}.pth"
     if not kept.exists():
         pixels, seconds = draw(model, images, seed, num_steps, sampler, guide=guide_of(path, guidance), guidance=guidance,
