@@ -219,23 +219,15 @@ def drawn_once(path: Path, model: U_net, images: range, seed: int, num_steps: in
     return state["pixels"], state["seconds"]
 
 
-class Results:
-    """What was measured, in a JSON file, so that a benchmark that was stopped goes on after the last finished run."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def kept(self) -> dict[str, list]:
-        return json.loads(self.path.read_text()) if self.path.exists() else {}
-
-    def once(self, key: tuple, run: Callable[[], list]) -> list:
-        """run(), or what it returned when it was last asked for with this key."""
-        key = json.dumps(key, sort_keys=True)
-        if key not in self.kept():
-            found = run()
-            with atomic_file(self.path) as file:  # with what a benchmark beside this one has written meanwhile
-                file.write(json.dumps(self.kept() | {key: found}).encode())
-        return self.kept()[key]
+def once(benchmark: str, key: tuple, run: Callable[[], list]) -> list:
+    """run(), or what it returned when it was last asked for with this key, so that a stopped benchmark goes on."""
+    key = json.dumps(key, sort_keys=True)
+    kept = CACHE / f"{benchmark}_{hashlib.md5(key.encode()).hexdigest()[:16]}.json"
+    if not kept.exists():
+        found = json.dumps({"key": key, "found": run()})
+        with atomic_file(kept) as file:
+            file.write(found.encode())
+    return json.loads(kept.read_text())["found"]
 
 
 def plot_distances(path: Path, cost: str, curves: dict[str, list[tuple[float, float]]], floor: float) -> None:

@@ -1,13 +1,15 @@
-"""What each part of the training recipe is worth: runs of equal wall-clock time, one change at a time: recipe.md.
+"""What each part of the training recipe is worth: runs of equal time, one change at a time: recipe.md.
 
     python benchmarks/recipe.py --minutes 10
 """
 
 import argparse
-import json
 import math
+import multiprocessing
+import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -15,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from measure import (CACHE, ROOT, NoiseScheduler, Results, U_net, bf16_is_faster, command, device, distance_to_test, draw,
-                     machine, mnist)
+from measure import (ROOT, NoiseScheduler, U_net, bf16_is_faster, classifier, command, device, distance_to_test, draw, machine,
+                     mnist, once)
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,10 @@ def as_matrix(weight: Tensor) -> Tensor:
 def train(recipe: Recipe, seconds: float, looks: tuple[float, ...] = (1.0,),
           seed: int = 0) -> Iterator[tuple[float, int, U_net]]:
     """Trains on MNIST for so many seconds; at each of the given shares of them yields the seconds trained, the images
-    seen and the network to draw from. The time between a yield and the next step is not counted."""
+    seen and the network to draw from. The time between a yield and the next step is not counted. On a CPU, where this is for
+    processes of one thread, the seconds are those of the process, which others on the machine do not lengthen."""
     torch.manual_seed(seed)
+    clock = time.perf_counter if device == "cuda" else time.process_time
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     model = U_net(device, **recipe.network).to(memory_format=layout)
     hidden = [weight for weight in model.parameters() if recipe.muon and weight.ndim > 1 and min(weight.shape[:2]) >= 16]
@@ -81,7 +85,7 @@ def train(recipe: Recipe, seconds: float, looks: tuple[float, ...] = (1.0,),
     pixels, alpha_bar = mnist("train").to(device), scheduler.alpha_bar
     elapsed, seen, looks = 0.0, 0, [look * seconds for look in looks]
     while looks:
-        start = time.perf_counter()
+        start = clock()
         share = min(1.0, elapsed / seconds)
         factor = min(1, 20 * share + 0.01) * (1 + math.cos(math.pi * share)) / 2 if recipe.decay == "cosine" else 1
         for optimizer, peak in optimizers.items():
@@ -111,7 +115,7 @@ def train(recipe: Recipe, seconds: float, looks: tuple[float, ...] = (1.0,),
             ema.update_parameters(model)
         if device == "cuda":
             torch.cuda.synchronize()
-        elapsed, seen = elapsed + time.perf_counter() - start, seen + len(x0)
+        elapsed, seen = elapsed + clock() - start, seen + len(x0)
         if elapsed >= looks[0]:
             looks.pop(0)
             network = model if ema is None else ema.module
@@ -121,79 +125,96 @@ def train(recipe: Recipe, seconds: float, looks: tuple[float, ...] = (1.0,),
 
 def bf16_trains_faster(network: dict) -> bool:
     """A measurement, that of train.ipynb."""
-    model, x = U_net(device, **network).to(memory_format=torch.channels_last), torch.zeros(4, 1, 28, 28, device=device)
+    model, count = U_net(device, **network).to(memory_format=torch.channels_last), 4 if device == "cpu" else 64
+    x, t = torch.zeros(count, 1, 28, 28, device=device), torch.zeros(count, dtype=torch.long, device=device)
 
     def gradients():
-        prediction = model(x, torch.zeros(4, dtype=torch.long, device=device))
+        prediction = model(x, t)
         return torch.autograd.grad(prediction.float().square().mean(), list(model.parameters()))[0]
 
     return bf16_is_faster(gradients, device)
 
 
-def distance(recipe: Recipe, network: U_net, samples: int, bf16: bool) -> float:
-    """Frechet distance to the test images of samples in the ten steps of generate_image.ipynb, without a guide."""
+def distance(recipe: Recipe, network: U_net, samples: int, bf16: bool, guide: U_net | None = None) -> float:
+    """Frechet distance to the test images of samples in the ten steps of generate_image.ipynb, with its guidance if there is a
+    guide."""
     network.eval()
     alpha_bar = NoiseScheduler(beta_end=recipe.beta_end, device=device).alpha_bar
     model = network if recipe.target == "noise" else NoiseOfVelocity(network, alpha_bar)
-    drawn, _ = draw(model, range(samples), 0, 10, "dpm_solver", bf16=bf16)
+    drawn, _ = draw(model, range(samples), 0, 10, "dpm_solver", bf16=bf16, guide=guide, guidance=1.5)
     network.train()
     return distance_to_test(drawn)
 
 
 LARGE = {"widths": (64,), "blocks": 2, "bottleneck": 128, "attention": 3, "normalise": True, "patch": 2}
-CHANGES = {
-    "learning rate 3e-4": {"learning_rate": 3e-4}, "learning rate 1e-3": {"learning_rate": 1e-3},
-    "cosine decay": {"decay": "cosine"}, "learning rate 2e-3": {"learning_rate": 2e-3},
-    "EMA 0.999": {"ema": 0.999}, "EMA 0.9995": {"ema": 0.9995},
-    "channels_last": {"channels_last": True}, "bf16": {"bf16": True},
-    "Muon 2e-3": {"muon": True, "learning_rate": 2e-3}, "Muon 4e-3": {"muon": True, "learning_rate": 4e-3},
-    "Muon 8e-3": {"muon": True, "learning_rate": 8e-3},
-    "batch 32": {"batch_size": 32}, "batch 16": {"batch_size": 16}, "batch 128": {"batch_size": 128},
-    "stratified timesteps": {"stratified": True}, "min-SNR 5": {"min_snr": 5.0},
-    "velocity": {"target": "velocity"}, "velocity, min-SNR 5": {"target": "velocity", "min_snr": 5.0},
-    "beta to 0.015": {"beta_end": 0.015},
-    "normalised blocks": {"network": {"normalise": True}},
-    "patches of 2 x 2, attention": {"network": LARGE},
-    "width 96": {"network": LARGE | {"widths": (96,), "bottleneck": 192}},
-    "one block a level": {"network": LARGE | {"blocks": 1}},
-    "whole resolution": {"network": {"widths": (32, 64), "bottleneck": 128, "attention": 2, "normalise": True}},
-    "dropout 0.1": {"network": LARGE | {"dropout": 0.1}},
-}
+STAGES = [  # the network decides most
+    {"normalised blocks": {"network": {"normalise": True}}, "patches of 2 x 2, attention": {"network": LARGE},
+     "whole resolution, attention": {"network": {"widths": (32, 64), "bottleneck": 128, "attention": 2, "normalise": True}}},
+    {"learning rate 3e-4": {"learning_rate": 3e-4}, "learning rate 1e-3": {"learning_rate": 1e-3},
+     "learning rate 2e-3": {"learning_rate": 2e-3}},
+    {"channels_last": {"channels_last": True}, "channels_last, bf16": {"channels_last": True, "bf16": True}},
+    {"cosine decay": {"decay": "cosine"}, "EMA 0.999": {"ema": 0.999},
+     "cosine decay, EMA 0.999": {"decay": "cosine", "ema": 0.999}},
+    {"batch 32": {"batch_size": 32}, "batch 16": {"batch_size": 16}},
+    {"stratified timesteps": {"stratified": True}, "min-SNR 5": {"min_snr": 5.0}, "velocity": {"target": "velocity"},
+     "beta to 0.015": {"beta_end": 0.015}, "Muon 4e-3": {"muon": True, "learning_rate": 4e-3}},
+    {"width 32": {"network": {"widths": (32,), "bottleneck": 64}},
+     "width 96": {"network": {"widths": (96,), "bottleneck": 192}},
+     "one block a level": {"network": {"blocks": 1}}, "dropout 0.1": {"network": {"dropout": 0.1}}}]
+
+
+def changed(recipe: Recipe, network: dict | None = None, **change) -> Recipe:
+    """The recipe with a change, in its network too: what is not named there stays."""
+    return replace(recipe, network=recipe.network | (network or {}), **change)
+
+
+def result(recipe: Recipe, minutes: float, samples: int, bf16: bool, seed: int = 0) -> tuple[float, int]:
+    """The distance that a recipe reaches in so many minutes of one core, and the images that it sees; (inf, 0) if it fails."""
+    torch.set_num_threads(1)
+
+    def run():
+        try:
+            (_, seen, network), = train(recipe, 60 * minutes, seed=seed)
+            return distance(recipe, network, samples, bf16), seen
+        except (RuntimeError, ValueError) as error:  # a gradient or a prediction that is not finite
+            if "finite" not in str(error):
+                raise
+            return math.inf, 0
+    return tuple(once("recipe", (asdict(recipe), minutes, samples, bf16, seed, machine()), run))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() if device == "cpu" else 1,
+                        help="how many runs at a time, each on one core")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # on one core each, two tables can be measured side by side
-    results, bf16 = Results(CACHE / "recipe.json"), bf16_trains_faster({})
+    for seed in range(3):
+        classifier(seed)  # before the processes want them all at once
+    torch.set_num_threads(1)
+    bf16, margin = bf16_trains_faster({}), 0.97  # what is less than three per cent better may be chance
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+        def measured(*runs: tuple[Recipe, int]) -> list[tuple[float, int]]:
+            futures = [pool.submit(result, recipe, args.minutes, args.samples, bf16, seed) for recipe, seed in runs]
+            return [future.result() for future in futures]
 
-    def measure(recipe: Recipe, seed: int = 0) -> tuple[float, int]:
-        def run():
-            try:
-                (_, seen, network), = train(recipe, 60 * args.minutes, seed=seed)
-                return distance(recipe, network, args.samples, bf16), seen
-            except (RuntimeError, ValueError) as error:  # a gradient or a prediction that is not finite
-                print(error)
-                return math.inf, 0
-        return results.once((asdict(recipe), args.minutes, args.samples, seed, machine()), run)
-
-    margin = 0.97  # what is less than three per cent better may be chance
-    best = Recipe()
-    best_distance, seen = measure(best)
-    rows = [("the plain recipe", best_distance, seen, "")]
-    rows += [(f"the plain recipe, seed {seed}", *measure(best, seed), "") for seed in (1, 2)]
-    for name, change in CHANGES.items():
-        candidate = replace(best, **change)
-        found, seen = measure(candidate)
-        rows.append((name, found, seen, "stays" if found < margin * best_distance else ""))
-        if found < margin * best_distance:
-            best, best_distance = candidate, found
-        print(*rows[-1], flush=True)
+        best = Recipe()
+        found = measured(*((best, seed) for seed in range(3)))
+        rows = [(f"the plain recipe, seed {seed}", *run, "") for seed, run in enumerate(found)]
+        best_distance = found[0][0]
+        for stage in STAGES:
+            candidates = {name: changed(best, **change) for name, change in stage.items()}
+            found = dict(zip(candidates, measured(*((recipe, 0) for recipe in candidates.values()))))
+            winner = min(found, key=found.get)
+            wins = found[winner][0] < margin * best_distance
+            rows += [(name, *run, "stays" if wins and name == winner else "") for name, run in found.items()]
+            print(*rows[-len(stage):], sep="\n", flush=True)
+            if wins:
+                best, best_distance = candidates[winner], found[winner][0]
     text = [f"`{command(args)}` on {machine()}, seed 0.", "",
-            f"Each row is a run of {args.minutes:g} minutes: the recipe so far with one change, which stays if it wins by 3 %.",
-            "",
+            f"Each row is a run of {args.minutes:g} minutes on one core: the recipe so far with one change. Of each group of",
+            "changes the best stays where it wins by 3 %.", "",
             "| change | Frechet distance | images seen | |", "|---|---|---|---|",
             *[f"| {name} | {found:.2f} | {seen:,} | {stays} |" for name, found, seen, stays in rows]]
     (ROOT / "benchmarks" / "recipe.md").write_text("\n".join(text) + "\n")
