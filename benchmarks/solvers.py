@@ -66,7 +66,7 @@ SOLVERS = {
 def main() -> None:
     parser = checkpoint_arguments(__doc__)
     parser.set_defaults(samples=1000)
-    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20])
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10])
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = load_model(args)
