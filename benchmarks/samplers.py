@@ -11,8 +11,7 @@ from torch import nn
 from measure import (ROOT, U_net, checkpoint_arguments, command, device, distance_to_test, draw, drawn_once, guide_of,
                      load_model, machine, mnist, plot_distances)
 
-GUIDANCE = 1.5  # of generate_image.ipynb
-DEFAULT = "dpm_solver", 10
+GUIDANCE = 1.5
 SAMPLERS = {"ddpm": ("ddpm", {}), "ddim": ("ddim", {}), "dpm_solver": ("dpm_solver", {}),
             "dpm_solver, eta 0": ("dpm_solver", {"eta": 0.0}), "dpm_solver, guided": ("dpm_solver", {"guidance": GUIDANCE})}
 
@@ -53,7 +52,7 @@ def main() -> None:
                 print(*rows[-1], flush=True)
 
     torch.set_num_threads(threads)
-    guide, (sampler, steps) = guide_of(args.model, GUIDANCE), DEFAULT
+    guide, sampler, steps = guide_of(args.model, GUIDANCE), "dpm_solver", 10
     quick = median(draw(model, range(25), 0, steps, sampler, bf16=bf16, guide=guide, guidance=GUIDANCE)[1] for _ in range(3))
     slow = one_at_a_time(model, 25)
     table = ["| sampler | steps | evaluations | Frechet distance | seconds | images/s |", "|---|---|---|---|---|---|"]

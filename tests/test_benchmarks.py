@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from measure import Classifier, frechet_distance  # noqa: E402
+from measure import Classifier, frechet_distance, unclear  # noqa: E402
 from quality import manifold_measures, nearest  # noqa: E402
 
 
@@ -48,3 +48,19 @@ def test_the_nearest_image_is_found():
     assert index.tolist() == [7, 31] and distance[0] < 1e-2
     changed = abs(int(images[1, 0, 0, 0]) - int(reference[31, 0, 0, 0])) / 255
     assert distance[1].item() == pytest.approx(changed, abs=1e-2)
+
+
+def test_a_digit_is_unclear_where_the_classifiers_do_not_agree_on_one(monkeypatch):
+    """Of the first of four images all three are sure; of the others one disagrees, all disagree, or none is sure."""
+    agree = torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 1, 0]), torch.tensor([0, 1, 2, 0])
+    sure = torch.tensor([0.99, 0.99, 0.99, 0.5])
+
+    class Fake:
+        def __init__(self, seed):
+            self.seed = seed
+
+        def probabilities(self, images):
+            others = (1 - sure)[:, None].expand(-1, 10) / 9
+            return others.scatter(1, agree[self.seed][:, None], sure[:, None])
+    monkeypatch.setattr("measure.classifier", Fake)
+    assert unclear(torch.zeros(4, 1, 28, 28, dtype=torch.uint8)) == 0.75
