@@ -28,8 +28,8 @@ def main() -> None:
     text = [f"`{command(args)}` on {machine()}:", "",
             f"The Frechet distance of {args.samples:,} samples of dpm_solver to the 10,000 test images, on features of a small",
             f"classifier, the median of three seeds; as many training images are at {distance_to_test(train):.2f}. Unclear: the share of",
-            "them to which three classifiers give no digit, on average, with a probability of 0.9; of the test images",
-            f"{unclear(test):.1%}.", "", *table]
+            "these samples to which three classifiers give no digit, on average, a probability of 0.9; of the test",
+            f"images {unclear(test):.1%}.", "", *table]
     (ROOT / "benchmarks" / "guidance.md").write_text("\n".join(text) + "\n")
 
 

@@ -76,7 +76,7 @@ def main() -> None:
             f"{args.samples:,} samples in 10 steps of dpm_solver without a guide, on features of a small classifier, the",
             f"median of three seeds; as many training images are at {floor:.2f}. Minutes are those of the machines that trained, which",
             "differed. The first of the larger network's is its guide. Unclear: the share of these samples to which three",
-            f"classifiers give no digit, on average, with a probability of 0.9; of the test images {unclear(mnist('t10k')):.1%}.", "",
+            f"classifiers give no digit, on average, a probability of 0.9; of the test images {unclear(mnist('t10k')):.1%}.", "",
             "| network | commit | images seen | minutes | loss | Frechet distance | unclear |",
             "|---|---|---|---|---|---|---|", *table]
     (ROOT / "benchmarks" / "history.md").write_text("\n".join(text) + "\n")
