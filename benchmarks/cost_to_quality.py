@@ -64,7 +64,7 @@ def main() -> None:
             "trains the simple network in fp32, in batches of 64 at a constant learning rate of 0.0001, without an average.",
             "Ours is that of train.ipynb, in batches of 16, on the larger network at half its width, in "
             f"{'bf16' if recipe.bf16 else 'fp32'}; the guide is",
-            "the average after a sixteenth of the run, and a guided step evaluates both. Each run has one core, and its",
+            "the average after a sixteenth of the run, by 1.5, and a guided step evaluates both. Each run has one core, and its",
             "minutes are those that it was at work there.", "",
             "| recipe | minutes | images seen | Frechet distance | guided |", "|---|---|---|---|---|",
             *[f"| plain | {minutes:.0f} | {seen:,} | {found:.2f} | |" for minutes, seen, found in plain_rows],

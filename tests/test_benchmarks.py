@@ -50,10 +50,10 @@ def test_the_nearest_image_is_found():
     assert distance[1].item() == pytest.approx(changed, abs=1e-2)
 
 
-def test_a_digit_is_unclear_where_the_classifiers_do_not_agree_on_one(monkeypatch):
-    """Of the first of four images all three are sure; of the others one disagrees, all disagree, or none is sure."""
-    agree = torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 1, 0]), torch.tensor([0, 1, 2, 0])
-    sure = torch.tensor([0.99, 0.99, 0.99, 0.5])
+def test_a_digit_is_unclear_where_the_mean_of_the_classifiers_gives_none_a_probability_of_nine_tenths(monkeypatch):
+    """All three agree on the first three of five images, more or less surely; on the others one disagrees, or all do."""
+    said = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 2]])
+    sure = torch.tensor([0.99, 0.91, 0.89, 0.99, 0.99])
 
     class Fake:
         def __init__(self, seed):
@@ -61,6 +61,13 @@ def test_a_digit_is_unclear_where_the_classifiers_do_not_agree_on_one(monkeypatc
 
         def probabilities(self, images):
             others = (1 - sure)[:, None].expand(-1, 10) / 9
-            return others.scatter(1, agree[self.seed][:, None], sure[:, None])
+            return others.scatter(1, said[self.seed][:, None], sure[:, None])
     monkeypatch.setattr("measure.classifier", Fake)
-    assert unclear(torch.zeros(4, 1, 28, 28, dtype=torch.uint8)) == 0.75
+    assert unclear(torch.zeros(5, 1, 28, 28, dtype=torch.uint8)) == pytest.approx(3 / 5)
+
+
+def test_probabilities_of_the_ten_digits_sum_to_one():
+    images = torch.randint(256, (3, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    probabilities = Classifier().probabilities(images)
+    assert probabilities.shape == (3, 10) and (probabilities > 0).all()
+    assert probabilities.sum(dim=1) == pytest.approx(torch.ones(3), abs=1e-6)
