@@ -13,7 +13,8 @@ from measure import (ROOT, U_net, checkpoint_arguments, command, device, distanc
 
 GUIDANCE = 1.5
 SAMPLERS = {"ddpm": ("ddpm", {}), "ddim": ("ddim", {}), "dpm_solver": ("dpm_solver", {}),
-            "dpm_solver, eta 0": ("dpm_solver", {"eta": 0.0}), f"dpm_solver, guided by {GUIDANCE:g}": ("dpm_solver", {"guidance": GUIDANCE})}
+            "dpm_solver, eta 0": ("dpm_solver", {"eta": 0.0}),
+            f"dpm_solver, guided by {GUIDANCE:g}": ("dpm_solver", {"guidance": GUIDANCE})}
 
 
 def one_at_a_time(model: U_net, count: int) -> float:
@@ -62,8 +63,8 @@ def main() -> None:
             f"The Frechet distance of {args.samples:,} samples to the 10,000 test images, on the features of a small classifier,",
             f"the median of three seeds. {len(real)} sets of as many training images are at {real[0]:.2f} to {real[-1]:.2f}, their median is",
             f"{median(real):.2f}. The seconds are those of one thread.", "", *table, "",
-            f"25 digits in {steps} steps of {sampler} guided by {GUIDANCE:g}: {quick:.2f} s. One at a time through 1000 steps of ddpm in fp32: "
-            f"{slow:.0f} s, {slow / quick:.0f} times as long.",
+            f"25 digits in {steps} steps of {sampler} guided by {GUIDANCE:g}: {quick:.2f} s. "
+            f"One at a time through 1000 steps of ddpm in fp32: {slow:.0f} s, {slow / quick:.0f} times as long.",
             f"The arithmetic of dpm_solver takes {overhead(model, 20, bf16):.1%} of the network's time."]
     (ROOT / "benchmarks" / "samplers.md").write_text("\n".join(text) + "\n")
 
