@@ -14,6 +14,14 @@ from typing import BinaryIO
 import torch
 
 
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Removes the temporary files of `atomic_file` whose writer was killed: those an hour old or more."""
+    for left in folder.glob(pattern):
+        with suppress(FileNotFoundError):  # another writer's, who is done by now
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
+
+
 @contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A file to write, which takes the name `path` when the block ends, whole and on the disk; missing folders are made.
@@ -24,10 +32,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        with suppress(FileNotFoundError):  # another writer's, who is done by now
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
+    remove_leftovers(path.parent, f".{path.name}.*.tmp")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -75,6 +80,8 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     with open(path, "rb") as file:
         try:
             state = torch.load(file, map_location=device, weights_only=True)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # whatever the reader stumbled on: in a file of random bytes that can be anything
             raise ValueError(f"{path}: refused, it is damaged or holds more than tensors and plain values") from error
     if not isinstance(state, dict):

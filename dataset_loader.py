@@ -6,11 +6,13 @@ import json
 import math
 import os
 import statistics
+import struct
 import tempfile
 import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,7 @@ from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-from checkpoint import atomic_file
+from checkpoint import atomic_file, remove_leftovers
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
 FORMATS = ("PNG", "JPEG")  # all that Pillow may open, whatever a file calls itself
@@ -186,18 +188,19 @@ def image_files(folder: Path) -> list[str]:
     return sorted(files)
 
 
-def stamp(file: str) -> tuple[int, int] | None:
-    """Size and time of a file, which change with it and its rights; None where it is not there (a broken link)."""
+def stamp(file: str) -> tuple[int, int, int] | None:
+    """Size and times of a file, which change with it and its rights; None where it is not there (a broken link)."""
     try:
         stat = os.stat(file)
     except OSError:
         return None
-    return stat.st_size, stat.st_ctime_ns
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def flatten(image: Image.Image, background: str) -> Image.Image:
     """The picture as a viewer shows it: turned upright (EXIF), 16-bit grey in 8 bits, transparency over `background`."""
-    image = ImageOps.exif_transpose(image)
+    with suppress(SyntaxError, struct.error):  # of a header that is no EXIF: viewers show the picture as it is
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
@@ -307,8 +310,9 @@ def read_folder(folder: Path, look: Look, max_images: int | None, cache: bool) -
         return content  # and look again at the next start
     with atomic_file(store) as file:
         torch.save(content, file)
-    for stale in {*store.parent.glob(f"{settings}-*"), *store.parent.glob(f".{settings}-*")} - {store}:
+    for stale in set(store.parent.glob(f"{settings}-*")) - {store}:
         stale.unlink(missing_ok=True)
+    remove_leftovers(store.parent, f".{settings}-*.tmp")
     return torch.load(store, mmap=True, weights_only=True)
 
 

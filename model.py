@@ -219,6 +219,8 @@ class U_net(nn.Module):
         try:
             model = cls(device, **state["_extra_state"]["network"])
             model.load_state_dict(state)
+        except torch.OutOfMemoryError:
+            raise
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: not a checkpoint of this U_net; pass a model that train.ipynb wrote") from error
         return model

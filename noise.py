@@ -169,7 +169,8 @@ class NoiseScheduler(nn.Module):
 
         is its mean, and what follows is the step of DDIM by the noise that D leaves in x_t. (With h / 2 in the first bracket,
         close to it where h is small, this is the paper's Algorithm 2.) The first step has nothing to look back on, and the
-        last, where λ_s is infinite, takes x̂_0 as it is.
+        last, where λ_s is infinite, takes x̂_0 as it is. Between eta = 0 and 1 the fresh noise is DDIM's, which is not quite
+        that of the SDE.
 
         Returns step(xt, noise_pred, t, s, generator=None) -> x_s, t and s int. It remembers: take a new one for every walk.
         """

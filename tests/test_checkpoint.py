@@ -80,6 +80,15 @@ def test_damaged_missing_and_foreign_files_are_named(tmp_path):
             U_net.from_checkpoint(path)
 
 
+@pytest.mark.parametrize("load", [load_checkpoint, U_net.from_checkpoint])
+def test_a_file_that_does_not_fit_in_memory_is_not_called_damaged(monkeypatch, load):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+    monkeypatch.setattr("torch.load" if load is load_checkpoint else "model.U_net.load_state_dict", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load(SHIPPED)
+
+
 def test_a_value_that_could_not_be_read_again_is_not_written(tmp_path):
     path = tmp_path / "model.pth"
     save_checkpoint({"epoch": 1}, path)

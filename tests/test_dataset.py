@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
+from checkpoint import atomic_file
 from dataset_loader import ImageDataset, image_grid, read_idx, to_image
 
 ROOT = Path(__file__).parents[1]
@@ -233,6 +234,12 @@ def test_exif_orientation_is_applied(tmp_path):
     assert (pixels[:, :7] < 20).all() and (pixels[:, 9:] > 235).all()
 
 
+def test_a_picture_whose_exif_is_none_is_kept(tmp_path):
+    for name in ("a.png", "b.jpg"):
+        Image.new("L", (16, 16), 90).save(tmp_path / name, exif=b"Exif\0\0not a header")
+    assert first_pixels(ImageDataset(tmp_path)) == [90, 90]
+
+
 def test_the_first_frame_of_an_animation_counts(tmp_path):
     frames = [Image.new("L", (10, 10), value) for value in (50, 200)]
     for name in "ab":
@@ -337,6 +344,19 @@ def test_a_file_that_cannot_be_read_now_is_looked_at_again(tmp_path, monkeypatch
         patch.setattr(Image, "open", fail)
         assert ImageDataset(tmp_path).report.skipped == {"cannot be read: Permission denied": ["1.png"]}
     assert first_pixels(ImageDataset(tmp_path)) == [0, 1, 2]
+
+
+def test_what_another_start_writes_meanwhile_is_left_alone(tmp_path):
+    for name in "ab":
+        write_image(tmp_path / f"{name}.png", 7, mode="L")
+    ImageDataset(tmp_path)
+    (store,) = (tmp_path / ".pixels").iterdir()
+    content = store.read_bytes()
+    with atomic_file(store) as file:
+        store.unlink()
+        assert first_pixels(ImageDataset(tmp_path)) == [7, 7]  # and writes the same file
+        file.write(content)
+    assert first_pixels(ImageDataset(tmp_path)) == [7, 7]
 
 
 @pytest.mark.parametrize("cache", [False, True])

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import nbconvert
 import nbformat
@@ -94,6 +95,30 @@ def test_train_on_a_folder_of_colour_images_then_generate(tmp_path, capsys):
     assert "20 x 24 pixels, 3 channel(s)" in capsys.readouterr().out
 
 
+def test_no_image_is_too_few(finished_run):
+    with pytest.raises(ValueError, match="num_images 0: must be at least 1"):
+        generate(finished_run, num_images=0)
+
+
+def test_the_gradient_is_that_of_the_papers_loss_and_the_average_is_of_a_thousand_steps(tmp_path):
+    names = train(tmp_path, IN_FP32, max_images=256, num_epochs=4)
+    assert fmean(names["losses"][-4:]) < names["losses"][0] / 2  # which guesses nothing yet
+
+    model, x0, t = names["model"], names["data"][:5], torch.tensor([0, 10, 30, 60, 99])
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    alpha_bar = (1 - torch.linspace(0.001, 0.2, 100)).cumprod(0)[t].view(5, 1, 1, 1)
+    loss = ((noise - model(alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, t))**2).mean()  # Eq. 14
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(names["compute_gradients"](x0, noise, t), loss.detach())
+    for parameter, gradient in zip(model.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+    for steps, share in ((0, 0.9), (90, 0.09), (8990, 0.001), (10**6, 0.001)):  # of the new weights in the average
+        average = torch.zeros(3)
+        names["ema_update"]([average], [torch.ones(3)], torch.tensor(steps))
+        torch.testing.assert_close(average, torch.full((3,), share))
+
+
 def test_a_checkpoint_that_does_not_say_how_to_draw_from_it_is_refused(tmp_path):
     save_checkpoint(U_net(t_dim=8, widths=(8,)).state_dict(), tmp_path / "model.pth")
     with pytest.raises(ValueError, match="model.pth: does not say its image_size and noise_schedule"):
@@ -113,6 +138,10 @@ def test_the_average_after_a_sixteenth_of_a_run_guides_its_end(tmp_path, capsys)
     assert "without a guide" in capsys.readouterr().out
     once, twice = (abs(pixels(guidance) - alone).mean() for guidance in (1.1, 1.2))
     assert "model_guide.pth" in capsys.readouterr().out and 0 < once < twice
+
+    (tmp_path / "run" / "model_guide.pth").unlink()
+    assert (pixels(2) == alone).all()
+    assert re.search("guidance 2 has no effect: there is no .*model_guide.pth", capsys.readouterr().out)
 
     guide.metadata["image_size"] = 32
     save_checkpoint(guide.state_dict(), tmp_path / "run" / "model_guide.pth")
@@ -204,8 +233,9 @@ def test_a_gradient_that_is_not_finite_stops_before_a_weight_changes(finished_ru
              "optimizer.register_step_pre_hook(before_a_step)")
     with pytest.raises(FloatingPointError, match="step 1: the gradient is not finite at learning rate 9.62e.29"):
         train(finished_run, guard, learning_rate=1e30)
-    (kept,) = (finished_run / "run").glob("model-*.pth")  # a new run sets the old one's files aside
-    assert kept.read_bytes() == before
+    (kept,) = (finished_run / "run").glob("*/model.pth")  # a new run sets the old one's files aside
+    assert kept.read_bytes() == before and sorted(os.listdir(kept.parent)) == ["model.pth", "model_guide.pth", "state.pth"]
+    train(finished_run, "assert len(losses) == 8", save_dir=str(kept.parent), resume=True)
 
 
 def train_as_script(folder, before_the_loop, launcher=(), **parameters):
@@ -261,6 +291,13 @@ optimizer.register_step_post_hook(after_the_optimizer)
     assert "exitcode: -9" in printed
     killed, whole = (load_checkpoint(folder / "run" / "state.pth")["losses"] for folder in (tmp_path / "killed", uninterrupted))
     assert killed == pytest.approx(whole, rel=1e-4) and len(whole) == 8
+
+
+def test_a_restarted_job_leaves_the_run_of_another_alone(finished_run, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for job, begins_at in (("one", 0), ("one", 8), ("two", 0)):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+        train(finished_run, f"assert len(losses) == {begins_at}")
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
