@@ -179,6 +179,17 @@ def distance_to_test(images: Tensor) -> float:
     return median(frechet_distance(extractor, images, mnist("t10k")) for extractor in map(classifier, range(3)))
 
 
+def training_sets(count: int) -> list[Tensor]:
+    """Up to ten sets of so many training images, whose distances show the best that samples can reach, and what is chance."""
+    return list(mnist("train").split(count)[:max(1, min(10, 60_000 // count))])
+
+
+@lru_cache
+def training_distance(count: int) -> float:
+    """The Frechet distance of so many training images to the test images, the median of up to ten sets of them."""
+    return median(map(distance_to_test, training_sets(count)))
+
+
 def unclear(images: Tensor) -> float:
     """The share of uint8 images (N, 1, 28, 28) that are not clearly a digit: three classifiers give none, on average, 0.9."""
     probabilities = torch.stack([classifier(seed).probabilities(images) for seed in range(3)]).mean(dim=0)
@@ -226,8 +237,9 @@ def drawn_once(path: Path, model: U_net, images: range, seed: int, num_steps: in
 
 
 def once(benchmark: str, key: tuple, run: Callable[[], list]) -> list:
-    """run(), or what it returned when it was last asked for with this key, so that a stopped benchmark goes on."""
-    key = json.dumps(key, sort_keys=True)
+    """run(), or what it returned when it was last asked for with this key and today's model.py and noise.py, so that a stopped
+    benchmark goes on."""
+    key = json.dumps((key, fingerprint()), sort_keys=True)
     kept = CACHE / f"{benchmark}_{hashlib.md5(key.encode()).hexdigest()[:16]}.json"
     if not kept.exists():
         found = json.dumps({"key": key, "found": run()})

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from measure import (ROOT, U_net, checkpoint_arguments, command, device, distance_to_test, draw, drawn_once, guide_of,
-                     load_model, machine, mnist, plot_distances)
+                     load_model, machine, plot_distances, training_sets)
 
 GUIDANCE = 1.5
 SAMPLERS = {"ddpm": ("ddpm", {}), "ddim": ("ddim", {}), "dpm_solver": ("dpm_solver", {}),
@@ -40,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     model = load_model(args)
     bf16, rows = args.precision == "bf16", []
-    real = sorted(map(distance_to_test, mnist("train").split(args.samples)[:min(10, 60_000 // args.samples)]))
+    real = sorted(map(distance_to_test, training_sets(args.samples)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the rows take hours; on one core each, two tables can be drawn side by side
     for steps in args.steps:  # the cheap rows first

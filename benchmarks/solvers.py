@@ -11,7 +11,7 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from measure import (ROOT, NoiseScheduler, checkpoint_arguments, command, distance_to_test, draw, fingerprint, load_model,
-                     machine, mnist, once)
+                     machine, once, training_distance)
 
 
 def of_diffusers(solver: type, random: bool = False, **options) -> Callable[..., Iterator[tuple[int, Tensor]]]:
@@ -75,17 +75,17 @@ def main() -> None:
     rows = {name: [] for name in SOLVERS}
     for steps in args.steps:
         for name, (denoise, options) in SOLVERS.items():
-            key = (name, steps, args.samples, args.seed, args.precision, fingerprint(args.model), machine())
+            key = (name, steps, args.samples, args.seed, args.precision, fingerprint(args.model)[0], machine())
             rows[name] += once("solvers", key, lambda: [distance_to_test(draw(
                 model, range(args.samples), args.seed, steps, "dpm_solver", bf16=args.precision == "bf16", denoise=denoise,
                 **options)[0])])
             print(name, steps, rows[name][-1], flush=True)
-    floor = distance_to_test(mnist("train")[:args.samples])
     text = [f"`{command(args)}` on {machine()}:", "",
             f"The Frechet distance of {args.samples:,} samples to the 10,000 test images, on features of a small classifier,",
-            f"the median of three seeds; as many training images are at {floor:.2f}. One evaluation of the network a step,",
-            "without a guide; where nothing else is said, the timesteps are evenly spaced, t = T (1 - i / n). iPNDM is",
-            f"written out in the script, the rest that is not ours is of diffusers {diffusers.__version__}.", "",
+            f"the median of three seeds; as many training images are at {training_distance(args.samples):.2f}, the median of up to",
+            "ten sets. One evaluation of the network a step, without a guide; where nothing else is said, the timesteps are evenly",
+            "spaced, t = T (1 - i / n). iPNDM is written out in the script, the rest that is not ours is of diffusers",
+            f"{diffusers.__version__}.", "",
             "| solver | " + " | ".join(f"{steps} steps" for steps in args.steps) + " |", "|---|" + "---|" * len(args.steps),
             *[f"| {name} | " + " | ".join(f"{found:.2f}" for found in row) + " |" for name, row in rows.items()]]
     (ROOT / "benchmarks" / "solvers.md").write_text("\n".join(text) + "\n")

@@ -107,7 +107,9 @@ def test_the_gradient_is_that_of_the_papers_loss_and_the_average_is_of_a_thousan
     model, x0, t = names["model"], names["data"][:5], torch.tensor([0, 10, 30, 60, 99])
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     alpha_bar = (1 - torch.linspace(0.001, 0.2, 100)).cumprod(0)[t].view(5, 1, 1, 1)
-    loss = ((noise - model(alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, t))**2).mean()  # Eq. 14
+    error = (noise - model(alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, t))**2  # Eq. 14
+    snr = alpha_bar / (1 - alpha_bar)
+    loss = (torch.minimum(snr, torch.tensor(5.0)) / snr * error).mean()  # Hang et al. 2023
     expected = torch.autograd.grad(loss, list(model.parameters()))
     torch.testing.assert_close(names["compute_gradients"](x0, noise, t), loss.detach())
     for parameter, gradient in zip(model.parameters(), expected):
