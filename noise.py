@@ -59,7 +59,7 @@ def autoguided(model: Predictor, guide: Predictor, guidance: float) -> Predictor
         raise ValueError(f"guidance {guidance}: must be at least 1, which draws without the guide")
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        weaker = guide(x, t)
+        weaker = guide(x, t).to(x.dtype)  # the difference of two predictions in bf16 has few digits left
         return weaker + guidance * (model(x, t) - weaker)
     return predict
 

@@ -12,7 +12,7 @@ from measure import (ROOT, checkpoint_arguments, command, distance_to_test, draw
 def main() -> None:
     parser = checkpoint_arguments(__doc__)
     parser.set_defaults(samples=1000)
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.5, 1.75, 2.0, 3.0])
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 15])
     args = parser.parse_args()
     torch.set_num_threads(1)  # two tables can be drawn side by side

@@ -61,7 +61,7 @@ def main() -> None:
     parser = checkpoint_arguments(__doc__)
     parser.add_argument("--sampler", default="dpm_solver")
     parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--guidance", type=float, default=2.0, help="1: without the guide beside the checkpoint")
+    parser.add_argument("--guidance", type=float, default=1.75, help="1: without the guide beside the checkpoint")
     args = parser.parse_args()
 
     model = load_model(args)

@@ -286,6 +286,13 @@ def test_guided_noise_of_two_gaussians_is_that_of_their_weighted_product(schedul
     assert torch.allclose(predict(x, torch.full((100,), t)), expected, rtol=0, atol=1e-12)
 
 
+def test_guidance_between_predictions_in_bf16_is_computed_in_the_images_precision():
+    """bf16 has steps of 1/128 above 1; half a step further is no bf16 number."""
+    model, guide = (lambda x, t, value=value: torch.full_like(x, value, dtype=torch.bfloat16) for value in (1 + 1 / 128, 1.0))
+    noise_pred = autoguided(model, guide, 1.5)(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))
+    assert noise_pred.dtype == torch.float32 and (noise_pred == 1 + 1.5 / 128).all()
+
+
 def test_guidance_below_1_is_refused():
     with pytest.raises(ValueError, match="guidance 0.5: must be at least 1"):
         autoguided(lambda x, t: x, lambda x, t: x, 0.5)
