@@ -145,7 +145,7 @@ def test_the_average_after_a_sixteenth_of_a_run_guides_its_end(tmp_path, capsys)
 
     (tmp_path / "run" / "model_guide.pth").unlink()
     assert (pixels(2) == alone).all()
-    assert re.search("guidance 1.75 has no effect: there is no .*model_guide.pth", capsys.readouterr().out)
+    assert re.search("guidance 2 has no effect: there is no .*model_guide.pth", capsys.readouterr().out)
 
     guide.metadata["image_size"] = 32
     save_checkpoint(guide.state_dict(), tmp_path / "run" / "model_guide.pth")
