@@ -104,7 +104,7 @@ def test_no_image_is_too_few(finished_run):
 
 
 def test_the_gradient_is_that_of_the_papers_loss_and_the_average_is_of_a_thousand_steps(tmp_path):
-    names = train(tmp_path, IN_FP32, max_images=256, num_epochs=4)
+    names = train(tmp_path, max_images=256, num_epochs=4)
     assert fmean(names["losses"][-4:]) < names["losses"][0] / 2  # which guesses nothing yet
 
     model, x0, t = names["model"], names["data"][:5], torch.tensor([0, 10, 30, 60, 99])
