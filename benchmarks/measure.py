@@ -180,7 +180,7 @@ def distance_to_test(images: Tensor) -> float:
 
 
 def training_sets(count: int) -> list[Tensor]:
-    """Up to ten sets of so many training images, whose distances show the best that samples can reach, and what is chance."""
+    """Up to ten sets of so many training images, whose distances show what real images reach, and what is chance."""
     return list(mnist("train").split(count)[:max(1, min(10, 60_000 // count))])
 
 

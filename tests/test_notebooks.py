@@ -197,6 +197,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, uninterru
         assert same(one, other)
 
 
+def test_a_run_that_was_shortened_past_its_sixteenth_still_gets_a_guide(finished_run):
+    guide = finished_run / "run" / "model_guide.pth"
+    guide.unlink()
+    train(finished_run, resume=True, num_epochs=3)  # of four steps each; eight are done
+    assert U_net.from_checkpoint(guide).metadata["training"]["steps"] == 9
+
+
 def test_a_finished_run_may_train_on(finished_run):
     train(finished_run, "assert len(losses) == 8", resume=True, num_epochs=3)
     assert len(load_checkpoint(finished_run / "run" / "state.pth")["losses"]) == 12
