@@ -136,6 +136,8 @@ class NoiseScheduler(nn.Module):
 
         Eq. 11: mean = (x_t - β / √(1 - ᾱ_t) ε_θ) / √α; Eq. 7: variance = (1 - ᾱ_s) / (1 - ᾱ_t) β.
         Leaving steps out this way is from Nichol and Dhariwal 2021, section 4.
+        xt, noise_pred (B, C, H, W); t and s ints or (B,) int64, s from -1 -> x_s (B, C, H, W).
+        Raises ValueError for a timestep out of range, and where an int s is not before t.
         """
         alpha_bar_t, alpha_bar_s = self._alpha_bars(t, s, xt)
         alpha = alpha_bar_t / alpha_bar_s
@@ -149,7 +151,10 @@ class NoiseScheduler(nn.Module):
         """Step from t to any earlier s of Song et al. 2021 (DDIM), Eq. 12; eta scales the fresh noise of Eq. 16.
 
         eta = 0 adds none, and x_0 is then a function of the first x_t; eta = 1 is the ancestral step.
+        Shapes and errors as in `ddpm_step`; ValueError as well where eta is not in [0, 1].
         """
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta {eta}: must be in 0 ... 1")
         alpha_bar_t, alpha_bar_s = self._alpha_bars(t, s, xt)
         x0 = (xt - (1 - alpha_bar_t)**0.5 * noise_pred) / alpha_bar_t**0.5
         sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s))**0.5

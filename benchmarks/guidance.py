@@ -1,4 +1,4 @@
-"""What guidance buys and costs, beside the number of steps: guidance.md.
+"""What guidance buys and costs, beside the number of steps: guidance_SAMPLES.md.
 
     python benchmarks/guidance.py Save_model/model_DDPM_large.pth
 """
@@ -30,7 +30,7 @@ def main() -> None:
             f"classifier, the median of three seeds; as many training images are at {training_distance(args.samples):.2f}, the",
             "median of up to ten sets. Unclear: the share of these samples to which three classifiers give no digit, on average,",
             f"a probability of 0.9; of the test images {unclear(mnist('t10k')):.1%}.", "", *table]
-    (ROOT / "benchmarks" / "guidance.md").write_text("\n".join(text) + "\n")
+    (ROOT / "benchmarks" / f"guidance_{args.samples}.md").write_text("\n".join(text) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What each part of the training recipe is worth: runs of equal time, one change at a time, from the plain recipe up and from
-that of train.ipynb down: recipe.md.
+"""What each part of the training recipe is worth: runs of equal time, one change at a time, from the plain recipe up
+(recipe_up.md), from that of train.ipynb down (recipe_down.md), and whether the learning rate should fall in longer runs
+(recipe_long.md).
 
-    python benchmarks/recipe.py --minutes 10
+    python benchmarks/recipe.py --table down --minutes 10
 """
 
 import argparse
@@ -9,7 +10,7 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
@@ -34,13 +35,18 @@ class Recipe:
     channels_last: bool = False
     stratified: bool = False  # one timestep from each of batch_size equal parts of 0 ... T-1
     min_snr: float = 0.0  # gamma of Hang et al. 2023; 0: the plain loss
-    target: str = "noise"  # or "velocity" (Salimans and Ho 2022)
+    target: str = "noise"  # or "velocity"
     beta_end: float = 0.02
     network: dict = field(default_factory=dict)
 
 
+def velocity(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """v = √ᾱ ε - √(1-ᾱ) x_0 (Salimans and Ho 2022)."""
+    return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
+
+
 class NoiseOfVelocity(nn.Module):
-    """The noise that a network of the velocity v = √ᾱ ε - √(1-ᾱ) x_0 sees: ε = √ᾱ v + √(1-ᾱ) x_t."""
+    """The noise that a network of the velocity sees: ε = √ᾱ v + √(1-ᾱ) x_t."""
 
     def __init__(self, velocity: U_net, alpha_bar: Tensor):
         super().__init__()
@@ -85,7 +91,7 @@ def train(recipe: Recipe, seconds: float, looks: tuple[float, ...] = (1.0,),
             t = (torch.arange(recipe.batch_size, device=device) + t) / recipe.batch_size
         t = (t * 1000).long().clamp(max=999)
         noise, at = torch.randn_like(x0), alpha_bar[t].view(-1, 1, 1, 1)
-        target = noise if recipe.target == "noise" else at.sqrt() * noise - (1 - at).sqrt() * x0
+        target = noise if recipe.target == "noise" else velocity(x0, noise, at)
         with torch.autocast(device, torch.bfloat16, enabled=recipe.bf16):
             prediction = model(scheduler.add_noise(x0, noise, t), t)
         loss = F.mse_loss(prediction.float(), target, reduction="none")
@@ -156,8 +162,10 @@ TRAIN_IPYNB = Recipe(learning_rate=1e-3, decay="cosine", batch_size=32, ema=0.99
                      network=LARGE)
 # narrower, because a few minutes do not fill a wide network
 QUICK = changed(TRAIN_IPYNB, batch_size=16, network={"widths": (32,), "bottleneck": 64})
-CHANGES = {"the plain loss": {}, "the plain loss, constant learning rate": {"decay": "constant"},
-           "the plain loss, batch 64": {"batch_size": 64}, "min-SNR 5, as in train.ipynb": {"min_snr": QUICK.min_snr}}
+PLAIN_LOSS = {"min_snr": 0.0}
+CHANGES = {"down": {"the plain loss": PLAIN_LOSS, "the plain loss, constant learning rate": PLAIN_LOSS | {"decay": "constant"},
+                    "the plain loss, batch 64": PLAIN_LOSS | {"batch_size": 64}, "min-SNR 5, as in train.ipynb": {}},
+           "long": {"as in train.ipynb": {}, "constant learning rate": {"decay": "constant"}}}
 SEEDS = range(3)
 
 
@@ -178,9 +186,53 @@ def result(recipe: Recipe, minutes: float, samples: int, bf16: bool, seed: int =
     return tuple(once("recipe", (asdict(recipe), minutes, samples, bf16, seed, machine()), run))
 
 
+def row(cells: tuple) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def up(submit: Callable[..., Future]) -> list[str]:
+    """The text and table from the plain recipe up, in lines."""
+    plain = [submit(Recipe(), seed) for seed in SEEDS]
+    best, best_distance, margin = Recipe(), plain[0].result()[0], 0.97  # what is less than three per cent better may be chance
+    rows = []
+    for stage in STAGES:
+        candidates = {name: changed(best, **change) for name, change in stage.items()}
+        futures = {name: submit(recipe) for name, recipe in candidates.items()}
+        found = {name: future.result() for name, future in futures.items()}
+        winner = min(found, key=found.get)
+        wins = found[winner][0] < margin * best_distance
+        rows += [(name, *run, "stays" if wins and name == winner else "") for name, run in found.items()]
+        print(*rows[-len(stage):], sep="\n", flush=True)
+        if wins:
+            best, best_distance = candidates[winner], found[winner][0]
+    rows = [(f"the plain recipe, seed {seed}", *run.result(), "") for seed, run in enumerate(plain)] + rows
+    rows.append(("all that stays, seed 1", *submit(best, seed=1).result(), ""))
+    return ["Each row is a run on one core, seed 0 where no other is named: the recipe so far with one change. Of each group of",
+            "changes the best stays where it wins by 3 %. At the end all that stays with another seed.", "",
+            "| change | Frechet distance | images seen | |", "|---|---|---|---|",
+            *[row((name, f"{found:.2f}", f"{seen:,}", stays)) for name, found, _, seen, stays in rows]]
+
+
+def with_seeds(changes: dict[str, dict], submit: Callable[..., Future]) -> list[str]:
+    """The text and table of changes to the recipe of train.ipynb, each with three seeds, in lines."""
+    ours = replace(QUICK, bf16=bf16_trains_faster(QUICK.network))
+    futures = {name: [submit(changed(ours, **change), seed) for seed in SEEDS] for name, change in changes.items()}
+    rows = []
+    for name in changes:
+        average, last, seen = zip(*(future.result() for future in futures[name]))
+        rows.append(row((name, *(f"{fmean(found):.1f} ({', '.join(f'{one:.1f}' for one in found)})" for found in (average, last)),
+                         f"{round(fmean(seen)):,}")))
+        print(rows[-1], flush=True)
+    return ["The recipe of train.ipynb, in batches of 16 on the larger network at half its width, and changes to it. Each row is",
+            "three runs on one core, of seeds 0 to 2: their mean, and each; of the averaged weights and, from the same runs, of",
+            "the last ones.", "",
+            "| change | Frechet distance of the average | of the last weights | images seen |", "|---|---|---|---|", *rows]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--table", choices=("up", *CHANGES), required=True)
+    parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=os.cpu_count() if device == "cpu" else 1,
                         help="how many runs at a time, each on one core")
@@ -188,48 +240,14 @@ def main() -> None:
     for seed in SEEDS:
         classifier(seed)  # before the processes want them all at once
     torch.set_num_threads(1)
-    bf16, margin = bf16_trains_faster({}), 0.97  # what is less than three per cent better may be chance
+    bf16 = bf16_trains_faster({})
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
         def submit(recipe: Recipe, seed: int = 0) -> Future:
             return pool.submit(result, recipe, args.minutes, args.samples, bf16, seed)
 
-        plain = [submit(Recipe(), seed) for seed in SEEDS]
-        best, best_distance, rows = Recipe(), plain[0].result()[0], []
-        for stage in STAGES:
-            candidates = {name: changed(best, **change) for name, change in stage.items()}
-            futures = {name: submit(recipe) for name, recipe in candidates.items()}
-            found = {name: future.result() for name, future in futures.items()}
-            winner = min(found, key=found.get)
-            wins = found[winner][0] < margin * best_distance
-            rows += [(name, *run, "stays" if wins and name == winner else "") for name, run in found.items()]
-            print(*rows[-len(stage):], sep="\n", flush=True)
-            if wins:
-                best, best_distance = candidates[winner], found[winner][0]
-        rows = [(f"the plain recipe, seed {seed}", *run.result(), "") for seed, run in enumerate(plain)] + rows
-        rows.append(("all that stays, seed 1", *submit(best, seed=1).result(), ""))
-
-        ours = replace(QUICK, bf16=bf16_trains_faster(QUICK.network), min_snr=0.0)
-        futures = {name: [submit(changed(ours, **change), seed) for seed in SEEDS] for name, change in CHANGES.items()}
-        runs = {}
-        for name in CHANGES:
-            runs[name] = [future.result() for future in futures[name]]
-            print(name, *runs[name], flush=True)
-
-    def cells(distances: list[float]) -> str:
-        return f"{fmean(distances):.1f} ({', '.join(f'{found:.1f}' for found in distances)})"
-
-    text = [f"`{command(args)}` on {machine()}.", "",
-            f"Each row is a run of {args.minutes:g} minutes on one core, seed 0 where no other is named: the recipe so far with one",
-            "change. Of each group of changes the best stays where it wins by 3 %. At the end all that stays with another seed.", "",
-            "| change | Frechet distance | images seen | |", "|---|---|---|---|",
-            *[f"| {name} | {found:.2f} | {seen:,} | {stays} |" for name, found, _, seen, stays in rows], "",
-            "The recipe of train.ipynb, in batches of 16 on the larger network at half its width, but for the loss;",
-            f"{args.minutes:g} minutes on one core with each of three seeds. The mean of the seeds, and each: of the averaged weights and,",
-            "from the same runs, of the last ones.", "",
-            "| change | Frechet distance of the average | of the last weights | images seen |", "|---|---|---|---|",
-            *[f"| {name} | {cells(average)} | {cells(last)} | {round(fmean(seen)):,} |"
-              for name, (average, last, seen) in ((name, zip(*found)) for name, found in runs.items())]]
-    (ROOT / "benchmarks" / "recipe.md").write_text("\n".join(text) + "\n")
+        table = up(submit) if args.table == "up" else with_seeds(CHANGES[args.table], submit)
+    text = [f"`{command(args)}` on {machine()}.", "", *table]
+    (ROOT / "benchmarks" / f"recipe_{args.table}.md").write_text("\n".join(text) + "\n")
 
 
 if __name__ == "__main__":

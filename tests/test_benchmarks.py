@@ -8,8 +8,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from measure import Classifier, frechet_distance, unclear  # noqa: E402
-from quality import manifold_measures, nearest  # noqa: E402
+from measure import Classifier, NoiseScheduler, frechet_distance, unclear  # noqa: E402
+from quality import kernel_distance, manifold_measures, nearest  # noqa: E402
+from recipe import NoiseOfVelocity, velocity  # noqa: E402
 
 
 class TwoFeatures(torch.nn.Module):
@@ -31,6 +32,30 @@ def test_frechet_distance_is_that_of_two_gaussians():
 def test_frechet_distance_of_images_to_themselves_is_zero():
     images = torch.randint(256, (300, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     assert frechet_distance(Classifier(), images, images) == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance` will save all")  # eight points
+def test_kernel_distance_is_that_of_features_with_a_mean_square_of_one():
+    """Of sets of one point each, whose kernel is (x y / 2 + 1)^3 in two dimensions: (3, 4) is scaled to a length of sqrt(2)."""
+    point, zero = (torch.tensor(xy, dtype=torch.uint8).view(1, 2, 1, 1).expand(4, -1, -1, -1) for xy in ((3, 4), (0, 0)))
+    assert kernel_distance(TwoFeatures(), zero, point) == pytest.approx(1000 * (2**3 + 1 - 2 * 1))
+
+
+def test_the_velocity_gives_its_noise_back():
+    scheduler, t = NoiseScheduler(), torch.tensor([0, 300, 999])
+    x0, noise = torch.randn(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    alpha_bar = scheduler.alpha_bar[t].view(-1, 1, 1, 1)
+    angle = alpha_bar.sqrt().arccos()
+    expected = angle.cos() * noise - angle.sin() * x0  # Salimans and Ho 2022, section 4
+    torch.testing.assert_close(velocity(x0, noise, alpha_bar), expected, rtol=1e-4, atol=1e-4)
+
+    class Velocity(torch.nn.Module):
+        network = metadata = {}
+
+        def forward(self, x, t):
+            return expected
+    found = NoiseOfVelocity(Velocity(), scheduler.alpha_bar)(scheduler.add_noise(x0, noise, t), t)
+    torch.testing.assert_close(found, noise, rtol=1e-4, atol=1e-4)
 
 
 def test_precision_recall_density_and_coverage_count_neighbours():

@@ -132,6 +132,13 @@ def test_posterior_agrees_with_gaussians_multiplied_on_a_grid(scheduler, no_fres
     assert step.item() == pytest.approx((weight * grid).sum().item(), abs=1e-9)
 
 
+@pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])
+def test_more_fresh_noise_than_the_ancestral_steps_is_refused(scheduler, eta):
+    xt = torch.zeros(1, 1, 8, 8)
+    with pytest.raises(ValueError, match=f"eta {eta}: must be in 0 ... 1"):
+        scheduler.ddim_step(xt, xt, 10, 5, eta=eta)
+
+
 def test_ddim_with_eta_1_over_all_steps_is_the_ancestral_step(scheduler):
     xt, noise_pred = torch.randn(2, 1, 8, 8, generator=rng()).double(), torch.randn(2, 1, 8, 8, generator=rng(1)).double()
     for t in range(1000):

@@ -124,6 +124,22 @@ def test_the_gradient_is_that_of_the_papers_loss_and_the_average_is_of_a_thousan
         torch.testing.assert_close(average, torch.full((3,), share))
 
 
+def test_a_gradient_is_shortened_to_norm_1_where_it_is_longer(tmp_path):
+    steep = ("weight *= 1000\nnorms = []\ndef keep(*_):\n"
+             "    norms.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item())\n"
+             "optimizer.register_step_pre_hook(keep)")
+    names = train(tmp_path, steep, num_epochs=1)
+    assert names["norms"] == pytest.approx([1.0] * 4, rel=1e-3)
+    parameters = list(names["model"].parameters())
+    count = sum(p.numel() for p in parameters)
+    for norm, clipped in ((40.0, 1.0), (0.5, 0.5)):
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, norm / count**0.5)
+        names["clip_gradient"](step=1)
+        for parameter in parameters:
+            torch.testing.assert_close(parameter.grad, torch.full_like(parameter, clipped / count**0.5), rtol=1e-4, atol=0)
+
+
 def test_a_checkpoint_that_does_not_say_how_to_draw_from_it_is_refused(tmp_path):
     save_checkpoint(U_net(t_dim=8, widths=(8,)).state_dict(), tmp_path / "model.pth")
     with pytest.raises(ValueError, match="model.pth: does not say its image_size and noise_schedule"):
@@ -131,11 +147,12 @@ def test_a_checkpoint_that_does_not_say_how_to_draw_from_it_is_refused(tmp_path)
 
 
 def test_the_average_after_a_sixteenth_of_a_run_guides_its_end(tmp_path, capsys):
-    keep = "early = []\ndef keep(*_): early.extend(p.clone() for p in model.parameters() if not losses)\n"
-    names = train(tmp_path, keep + "optimizer.register_step_post_hook(keep)", batch_size=32)  # 16 steps; the first average
+    keep = "seen = []\ndef keep(*_): seen.append([p.detach().clone() for p in model.parameters()])\n"
+    names = train(tmp_path, keep + "optimizer.register_step_post_hook(keep)", batch_size=16)  # two epochs of 16 steps
     guide = U_net.from_checkpoint(tmp_path / "run" / "model_guide.pth")
-    assert guide.metadata["training"]["steps"] == 1
-    assert all(map(torch.equal, guide.parameters(), names["early"]))  # ... is of the weights after one step
+    assert guide.metadata["training"]["steps"] == 2
+    for average, first, second in zip(guide.parameters(), *names["seen"][:2]):
+        torch.testing.assert_close(average, 2 / 11 * first + 9 / 11 * second)
 
     def pixels(guidance):
         return np.asarray(Image.open(generate(tmp_path, num_images=4, num_steps=5, guidance=guidance) / "grid.png")).astype(int)
