@@ -137,7 +137,7 @@ class NoiseScheduler(nn.Module):
         Eq. 11: mean = (x_t - β / √(1 - ᾱ_t) ε_θ) / √α; Eq. 7: variance = (1 - ᾱ_s) / (1 - ᾱ_t) β.
         Leaving steps out this way is from Nichol and Dhariwal 2021, section 4.
         xt, noise_pred (B, C, H, W); t and s ints or (B,) int64, s from -1 -> x_s (B, C, H, W).
-        Raises ValueError for a timestep out of range, and where an int s is not before t.
+        Raises ValueError for a timestep out of range (in a tensor on a GPU it is not looked for), and where ints s >= t.
         """
         alpha_bar_t, alpha_bar_s = self._alpha_bars(t, s, xt)
         alpha = alpha_bar_t / alpha_bar_s
