@@ -1,6 +1,6 @@
-"""What each part of the training recipe is worth: runs of equal time, one change at a time, from the plain recipe up
-(recipe_up.md), from that of train.ipynb down (recipe_down.md), and whether the learning rate should fall in longer runs
-(recipe_long.md).
+"""What each part of the training recipe is worth: runs of equal time, one change at a time, from the plain recipe up, from
+that of train.ipynb down, and whether the learning rate should fall in longer runs of the larger (long) and of the simple
+network: recipe_TABLE_MINUTES.md.
 
     python benchmarks/recipe.py --table down --minutes 10
 """
@@ -162,11 +162,13 @@ TRAIN_IPYNB = Recipe(learning_rate=1e-3, decay="cosine", batch_size=32, ema=0.99
                      network=LARGE)
 # narrower, because a few minutes do not fill a wide network
 QUICK = changed(TRAIN_IPYNB, batch_size=16, network={"widths": (32,), "bottleneck": 64})
+SIMPLE = replace(TRAIN_IPYNB, network={})
 PLAIN_LOSS = {"min_snr": 0.0}
-CHANGES = {"down": {"the plain loss": PLAIN_LOSS, "the plain loss, constant learning rate": PLAIN_LOSS | {"decay": "constant"},
-                    "the plain loss, batch 64": PLAIN_LOSS | {"batch_size": 64}, "min-SNR 5, as in train.ipynb": {}},
-           "long": {"as in train.ipynb": {}, "constant learning rate": {"decay": "constant"}}}
-SEEDS = range(3)
+DECAY = {"cosine with warm-up": {}, "constant learning rate": {"decay": "constant"}}
+CHANGES = {"down": (QUICK, {"the plain loss": PLAIN_LOSS,
+                            "the plain loss, constant learning rate": PLAIN_LOSS | {"decay": "constant"},
+                            "the plain loss, batch 64": PLAIN_LOSS | {"batch_size": 64}, "min-SNR 5, as in train.ipynb": {}}),
+           "long": (QUICK, DECAY), "simple": (SIMPLE, DECAY)}
 
 
 def result(recipe: Recipe, minutes: float, samples: int, bf16: bool, seed: int = 0) -> tuple[float, float, int]:
@@ -190,9 +192,9 @@ def row(cells: tuple) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def up(submit: Callable[..., Future]) -> list[str]:
+def up(submit: Callable[..., Future], seeds: int) -> list[str]:
     """The text and table from the plain recipe up, in lines."""
-    plain = [submit(Recipe(), seed) for seed in SEEDS]
+    plain = [submit(Recipe(), seed) for seed in range(seeds)]
     best, best_distance, margin = Recipe(), plain[0].result()[0], 0.97  # what is less than three per cent better may be chance
     rows = []
     for stage in STAGES:
@@ -213,19 +215,24 @@ def up(submit: Callable[..., Future]) -> list[str]:
             *[row((name, f"{found:.2f}", f"{seen:,}", stays)) for name, found, _, seen, stays in rows]]
 
 
-def with_seeds(changes: dict[str, dict], submit: Callable[..., Future]) -> list[str]:
-    """The text and table of changes to the recipe of train.ipynb, each with three seeds, in lines."""
-    ours = replace(QUICK, bf16=bf16_trains_faster(QUICK.network))
-    futures = {name: [submit(changed(ours, **change), seed) for seed in SEEDS] for name, change in changes.items()}
+def with_seeds(ours: Recipe, changes: dict[str, dict], submit: Callable[..., Future], seeds: int) -> list[str]:
+    """The text and table of changes to the recipe of train.ipynb, each with several seeds, in lines."""
+    ours = replace(ours, bf16=bf16_trains_faster(ours.network))
+    futures = {name: [submit(changed(ours, **change), seed) for seed in range(seeds)] for name, change in changes.items()}
     rows = []
+
+    def distances(found: tuple[float, ...]) -> str:
+        return f"{fmean(found):.1f}" + (f" ({', '.join(f'{one:.1f}' for one in found)})" if len(found) > 1 else "")
+
     for name in changes:
         average, last, seen = zip(*(future.result() for future in futures[name]))
-        rows.append(row((name, *(f"{fmean(found):.1f} ({', '.join(f'{one:.1f}' for one in found)})" for found in (average, last)),
-                         f"{round(fmean(seen)):,}")))
+        rows.append(row((name, distances(average), distances(last), f"{round(fmean(seen)):,}")))
         print(rows[-1], flush=True)
-    return ["The recipe of train.ipynb, in batches of 16 on the larger network at half its width, and changes to it. Each row is",
-            "three runs on one core, of seeds 0 to 2: their mean, and each; of the averaged weights and, from the same runs, of",
-            "the last ones.", "",
+    network = "larger network at half its width" if ours.network else "simple network"
+    runs = "one run, of seed 0," if seeds == 1 else f"{seeds} runs, of seeds 0 to {seeds - 1},"
+    return [f"The recipe of train.ipynb, in batches of {ours.batch_size} on the {network}, and changes to it.",
+            f"Each row is {runs} on one core: the distance of the averaged weights and, from the same run, of the last ones;",
+            "of several runs their mean and, in brackets, each.", "",
             "| change | Frechet distance of the average | of the last weights | images seen |", "|---|---|---|---|", *rows]
 
 
@@ -234,10 +241,11 @@ def main() -> None:
     parser.add_argument("--table", choices=("up", *CHANGES), required=True)
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=3, help="how many runs of the same recipe")
     parser.add_argument("--processes", type=int, default=os.cpu_count() if device == "cpu" else 1,
                         help="how many runs at a time, each on one core")
     args = parser.parse_args()
-    for seed in SEEDS:
+    for seed in range(3):
         classifier(seed)  # before the processes want them all at once
     torch.set_num_threads(1)
     bf16 = bf16_trains_faster({})
@@ -245,9 +253,9 @@ def main() -> None:
         def submit(recipe: Recipe, seed: int = 0) -> Future:
             return pool.submit(result, recipe, args.minutes, args.samples, bf16, seed)
 
-        table = up(submit) if args.table == "up" else with_seeds(CHANGES[args.table], submit)
+        table = up(submit, args.seeds) if args.table == "up" else with_seeds(*CHANGES[args.table], submit, args.seeds)
     text = [f"`{command(args)}` on {machine()}.", "", *table]
-    (ROOT / "benchmarks" / f"recipe_{args.table}.md").write_text("\n".join(text) + "\n")
+    (ROOT / "benchmarks" / f"recipe_{args.table}_{args.minutes:g}.md").write_text("\n".join(text) + "\n")
 
 
 if __name__ == "__main__":
