@@ -1,6 +1,6 @@
 """What each part of the training recipe is worth: runs of equal time, one change at a time, from the plain recipe up, from
-that of train.ipynb down, and whether the learning rate should fall in longer runs of the larger (long) and of the simple
-network: recipe_TABLE_MINUTES.md.
+that of train.ipynb down, and whether its learning rate should fall in longer runs, of the larger network (long) and of the
+simple one (simple): recipe_TABLE_MINUTES.md.
 
     python benchmarks/recipe.py --table down --minutes 10
 """
@@ -229,10 +229,11 @@ def with_seeds(ours: Recipe, changes: dict[str, dict], submit: Callable[..., Fut
         rows.append(row((name, distances(average), distances(last), f"{round(fmean(seen)):,}")))
         print(rows[-1], flush=True)
     network = "larger network at half its width" if ours.network else "simple network"
-    runs = "one run, of seed 0," if seeds == 1 else f"{seeds} runs, of seeds 0 to {seeds - 1},"
+    runs, what = (("one run, of seed 0,", "distance") if seeds == 1 else
+                  (f"{seeds} runs, of seeds 0 to {seeds - 1}, each", "mean distance (and each)"))
     return [f"The recipe of train.ipynb, in batches of {ours.batch_size} on the {network}, and changes to it.",
-            f"Each row is {runs} on one core: the distance of the averaged weights and, from the same run, of the last ones;",
-            "of several runs their mean and, in brackets, each.", "",
+            f"Each row is {runs} on one core: the {what} of the averaged weights and, from the same training,",
+            "of the last ones.", "",
             "| change | Frechet distance of the average | of the last weights | images seen |", "|---|---|---|---|", *rows]
 
 
@@ -241,10 +242,12 @@ def main() -> None:
     parser.add_argument("--table", choices=("up", *CHANGES), required=True)
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, default=3, help="how many runs of the same recipe")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each recipe; of --table up, of the plain one only")
     parser.add_argument("--processes", type=int, default=os.cpu_count() if device == "cpu" else 1,
                         help="how many runs at a time, each on one core")
     args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error(f"--seeds {args.seeds}: must be at least 1")
     for seed in range(3):
         classifier(seed)  # before the processes want them all at once
     torch.set_num_threads(1)
