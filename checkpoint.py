@@ -1,12 +1,13 @@
-"""Files that a crash cannot hurt: written whole or not at all, and read without running any code in them."""
+"""Checkpoints on disk: a save replaces the old file only when the new one is complete, and loading accepts
+tensors and plain values only, never code.
+"""
 
 import io
 import os
 import pickle
-import signal
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -87,18 +88,3 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}; a checkpoint is a dictionary")
     return state
-
-
-@contextmanager
-def hold_signals() -> Iterator[Callable[[], bool]]:
-    """Within the block, Ctrl-C (also Jupyter's Stop) and SIGTERM wait: yields a function that says whether one has come.
-
-    So a loop can finish its step, save, and stop, instead of being cut anywhere. Works in the main thread alone.
-    """
-    came = []
-    held = {number: signal.signal(number, lambda *_: came.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in held.items():
-            signal.signal(number, handler)

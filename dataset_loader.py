@@ -94,7 +94,7 @@ def find_labels(path: Path) -> Path | None:
 
 def read_idx_images(path: Path, look: Look, max_images: int | None) -> dict:
     """An IDX file of images and the labels beside it, as `decode_folder` gives a folder."""
-    images, labels = read_idx(path), None
+    images, labels, classes = read_idx(path), None, []
     if images.ndim != 3 or not len(images):
         raise ValueError(f"{path}: holds data of shape {tuple(images.shape)}; images are (N, H, W)")
     labels_path = find_labels(path)
@@ -102,6 +102,7 @@ def read_idx_images(path: Path, look: Look, max_images: int | None) -> dict:
         labels = read_idx(labels_path)
         if labels.shape != images.shape[:1]:
             raise ValueError(f"{labels_path}: labels of shape {tuple(labels.shape)} for {len(images)} images of {path}")
+        classes = [str(number) for number in range(int(labels.max()) + 1)]
         labels = labels[:max_images].repeat_interleave(1 + look.flip).tolist()
     images = images[:max_images]
     if images.shape[1:] != (look.height, look.width):
@@ -111,7 +112,7 @@ def read_idx_images(path: Path, look: Look, max_images: int | None) -> dict:
     pixels = images[:, None].expand(-1, look.channels, -1, -1)
     if look.flip:
         pixels = torch.stack([pixels, pixels.flip(-1)], dim=1).flatten(0, 1)
-    return {"pixels": pixels.contiguous(), "labels": labels, "classes": []}
+    return {"pixels": pixels.contiguous(), "labels": labels, "classes": classes}
 
 
 # A folder of images

@@ -3,14 +3,13 @@ import multiprocessing
 import os
 import pickle
 import random
-import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoint import atomic_file, hold_signals, load_checkpoint, save_checkpoint
+from checkpoint import atomic_file, load_checkpoint, save_checkpoint
 from model import U_net
 from noise import SAMPLERS, NoiseScheduler, gaussian_noise, image_generators
 
@@ -108,17 +107,6 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint({"epoch": 2}, path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.pth"]
-
-
-def test_signals_wait_until_the_block_asks_and_are_themselves_again_after_it():
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(number) for number in numbers]
-    for number in numbers:
-        with hold_signals() as stopped:
-            assert not stopped()
-            signal.raise_signal(number)
-            assert stopped()
-    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def save_forever(path, started):

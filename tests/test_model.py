@@ -1,7 +1,10 @@
+import copy
+import pickle
+
 import pytest
 import torch
 
-from model import Attention, NormBlock, U_net, bf16_is_faster, sinusoidal_embedding
+from model import Attention, LargerUnet, NormBlock, U_net, sinusoidal_embedding
 
 STRONG = {"widths": (16,), "blocks": 2, "bottleneck": 32, "attention": 2, "normalise": True, "patch": 2, "dropout": 0.1}
 
@@ -125,17 +128,6 @@ def test_attention_is_the_softmax_of_scaled_products():
     torch.testing.assert_close(layer(x), x + attended.transpose(1, 2).reshape(x.shape), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("bf16_seconds, faster", [(0.5, True), (0.95, False), (2.0, False)])
-def test_bf16_is_chosen_where_it_is_clearly_faster(monkeypatch, bf16_seconds, faster):
-    clock = [0.0]
-
-    def step():
-        clock[0] += bf16_seconds if torch.is_autocast_enabled("cpu") else 1.0
-        return torch.zeros(1)
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    assert bf16_is_faster(step, "cpu") == faster
-
-
 def test_patches_are_channels_of_one_pixel():
     """With the network between door and exit taken out, the picture comes back as it was."""
     model = U_net(widths=(8,), t_dim=8, patch=2)
@@ -165,3 +157,71 @@ def test_bad_input_is_refused(shape, t_shape, message):
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         U_net(**arguments)
+
+
+def test_the_simple_network_is_the_larger_one_without_what_that_adds():
+    """Written out twice, they must agree: same weights, same output."""
+    x, t = batch(3, 3, 13, 18)
+    simple, larger = U_net(in_channels=3, num_classes=4), LargerUnet(in_channels=3, num_classes=4)
+    larger.load_state_dict(simple.state_dict())
+    label = torch.tensor([0, 3, 4])
+    assert type(U_net()) is U_net and type(U_net(patch=2)) is LargerUnet
+    torch.testing.assert_close(larger(x, t, label), simple(x, t, label), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("network", [{}, STRONG])
+def test_no_images_give_no_images(network):
+    x, t = torch.empty(0, 3, 28, 30), torch.empty(0, dtype=torch.long)
+    assert U_net(in_channels=3, **network)(x, t).shape == x.shape
+
+
+@pytest.mark.parametrize("network", [{}, STRONG])
+def test_a_network_without_classes_has_no_label_and_with_them_one_more_entry(network):
+    names = set(U_net(**network).state_dict())
+    assert set(U_net(num_classes=7, **network).state_dict()) - names == {"label_embedding.weight"}
+    assert U_net(num_classes=7, **network).label_embedding.weight.shape == (8, 256)
+
+
+@pytest.mark.parametrize("network", [{}, STRONG | {"dropout": 0.0}])
+def test_a_label_is_added_to_the_embedding_of_the_time_and_none_is_the_last_row(network):
+    torch.manual_seed(0)
+    model, plain = U_net(t_dim=32, num_classes=3, **network), U_net(t_dim=32, **network)
+    for parameter in model.parameters():
+        if not parameter.any():  # the labels and what else begins at zero
+            torch.nn.init.normal_(parameter, std=0.1)
+    plain.load_state_dict({name: value for name, value in model.state_dict().items()
+                           if name not in ("label_embedding.weight", "_extra_state")}, strict=False)
+    x, t = batch(2)
+    for number in range(4):
+        moved = model.label_embedding.weight[number]
+        with torch.no_grad():  # the last bias of time_mlp is added to every embedding
+            plain.time_mlp[2].bias.copy_(model.time_mlp[2].bias + moved)
+        label = torch.full((2,), number)
+        torch.testing.assert_close(model(x, t, label), plain(x, t), rtol=1e-4, atol=1e-5)
+    assert torch.equal(model(x, t), model(x, t, torch.full((2,), 3)))
+    assert (model(x, t) - model(x, t, torch.tensor([0, 1]))).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("num_classes, label, message", [
+    (3, torch.tensor([0, 4]), "label 4: must be in 0 ... 2, or 3 for no label"),
+    (3, torch.tensor([-1, 0]), "label -1: must be in"),
+    (3, torch.tensor([0]), r"label of shape \(1,\) and type torch.int64: must be \(2,\)"),
+    (3, torch.tensor([0.0, 1.0]), "type torch.float32"),
+    (0, torch.tensor([0, 0]), "label: this network was built without classes")])
+def test_a_bad_label_is_refused(num_classes, label, message):
+    with pytest.raises(ValueError, match=message):
+        U_net(t_dim=8, widths=(8,), num_classes=num_classes)(*batch(2), label)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_in_half_precision_takes_images_in_it(dtype):
+    x, t = batch(2)
+    assert U_net(t_dim=8, widths=(8,)).to(dtype)(x.to(dtype), t).dtype == dtype
+
+
+@pytest.mark.parametrize("network", [{}, STRONG])
+def test_a_network_can_be_copied_and_pickled(network):
+    model = U_net(**network).eval()
+    x, t = batch(1)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x, t), model(x, t)) and other.network == model.network

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from noise import SAMPLERS, NoiseScheduler, autoguided, gaussian_noise, image_generators
+from noise import SAMPLERS, NoiseScheduler, autoguided, gaussian_noise, image_generators, image_labels
 
 
 @pytest.fixture
@@ -53,12 +53,14 @@ def test_closed_form_equals_the_composed_single_steps(scheduler):
     """Eq. 2 over and over: the coefficient of x_0 and the sum of the variances are those of Eq. 4."""
     alpha, _ = as_paper(scheduler)
     signal, noise_variance = 1.0, 0.0
-    one, zero = torch.ones(1, 1, 1, 1).double(), torch.zeros(1, 1, 1, 1).double()
+    one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
     for t in range(1000):
         signal, noise_variance = math.sqrt(alpha[t]) * signal, alpha[t] * noise_variance + 1 - alpha[t]
         at = torch.tensor([t])
-        assert scheduler.add_noise(one, zero, at).item() == pytest.approx(signal, rel=1e-10)
-        assert scheduler.add_noise(zero, one, at).item() == pytest.approx(math.sqrt(noise_variance), rel=1e-10)
+        half_a_float32 = 2**-24  # the coefficients are the nearest float32, also where 1 - alpha_bar is small
+        assert scheduler.add_noise(one, zero, at).item() == pytest.approx(signal, rel=half_a_float32)
+        found = scheduler.add_noise(zero, one, at).item()
+        assert found == pytest.approx(math.sqrt(noise_variance), rel=half_a_float32)
 
 
 @pytest.mark.parametrize("t", [0, 200, 999])
@@ -383,3 +385,58 @@ def test_a_prediction_that_is_not_finite_is_refused(scheduler):
 def test_too_few_generators_are_refused():
     with pytest.raises(ValueError, match="1 generators for 2 images"):
         gaussian_noise(torch.empty(2, 1, 8, 8), image_generators(0, range(1)))
+
+
+def test_the_implied_image_is_the_one_that_the_true_noise_was_added_to(scheduler):
+    x0, noise = torch.rand(3, 2, 8, 8, generator=rng()) * 2 - 1, torch.randn(3, 2, 8, 8, generator=rng(1))
+    t = torch.tensor([0, 400, 700])
+    xt = scheduler.add_noise(x0, noise, t)
+    torch.testing.assert_close(scheduler.implied_x0(xt, noise, t), x0, rtol=0, atol=1e-5)
+    for i, at in enumerate(t.tolist()):
+        alone = scheduler.implied_x0(xt[i:i + 1], noise[i:i + 1], at)
+        torch.testing.assert_close(alone, x0[i:i + 1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("spacing", [0.5, 1.0, 1.5, 3.0])
+def test_timesteps_follow_their_power_and_none_comes_twice(scheduler, spacing):
+    for num_steps in (1, 4, 10):
+        found = scheduler.timesteps(num_steps, spacing)
+        exact = [1000 * (1 - i / num_steps)**spacing - 1 for i in range(num_steps + 1)]
+        assert found == pytest.approx(exact, abs=0.5 + 1e-9)
+    for num_steps in (333, 999, 1000):
+        found = scheduler.timesteps(num_steps, spacing)
+        assert (found[0], found[-1], len(found)) == (999, -1, num_steps + 1)
+        assert all(t > s for t, s in zip(found, found[1:]))
+    assert scheduler.timesteps(None, spacing) == list(range(999, -2, -1))
+
+
+def test_bad_spacing_is_refused(scheduler):
+    with pytest.raises(ValueError, match="spacing 0: must be above 0"):
+        scheduler.timesteps(10, 0)
+
+
+# Labels
+
+CLASSES = ["cat", "dog", "fish"]
+
+
+def test_a_label_is_a_name_or_a_number_and_a_list_is_taken_in_turn():
+    def of(label, classes=CLASSES):
+        return image_labels(label, 0, range(4), classes, [1] * len(classes)).tolist()
+    assert of("dog") == of(1) == [1] * 4
+    assert of(["fish", 0]) == [2, 0, 2, 0]
+    assert of(7, ["3", "7"]) == of("7", ["3", "7"]) == [1] * 4  # digits by what they show
+    with pytest.raises(ValueError, match="label 'cow': choose from cat, dog, fish"):
+        of(["cat", "cow"])
+    with pytest.raises(ValueError, match="label 3: choose from cat, dog, fish"):
+        of(3)
+    with pytest.raises(ValueError, match="label 7: this network was trained without labels"):
+        image_labels(7, 0, range(4), [], [])
+
+
+def test_without_a_label_each_image_draws_its_own_as_frequent_as_in_the_data():
+    labels = image_labels(None, 0, range(4000), CLASSES, [1, 0, 3])
+    share = (labels == 2).double().mean().item()
+    assert abs(share - 0.75) < 4 * (0.75 * 0.25 / 4000)**0.5 and not (labels == 1).any()
+    assert torch.equal(image_labels(None, 0, range(10, 20), CLASSES, [1, 0, 3]), labels[10:20])
+    assert image_labels(None, 0, range(3), [], []) is None

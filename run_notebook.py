@@ -1,0 +1,101 @@
+"""Runs a notebook from the command line, with other parameters, on one process or on many:
+
+    python run_notebook.py train.ipynb --num_epochs 20 --network '{"widths": [64, 128, 256]}'
+    torchrun --nproc-per-node 8 run_notebook.py train.ipynb --batch_size 256
+
+What the notebook would show goes as files into `figures` in its save_dir or output_dir.
+"""
+
+import ast
+import json
+import linecache
+import os
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from PIL import Image
+
+WORDS = {"true": True, "false": False, "none": None}  # as they are typed elsewhere
+
+
+def value_of(text: str):
+    """A parameter as typed: a number, list or other literal of Python, or else text."""
+    try:
+        return WORDS[text.lower()] if text.lower() in WORDS else ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def read_parameters(words: list[str]) -> dict:
+    """--name value --name=value ... as a dictionary. Raises ValueError where a name or value lacks."""
+    parameters, words = {}, [part for word in words for part in
+                             (word.split("=", 1) if word.startswith("--") else [word])]
+    for name, text in zip(words[::2], words[1::2]):
+        if not name.startswith("--"):
+            raise ValueError(f"{name}: a parameter is given as --name value")
+        parameters[name[2:].replace("-", "_")] = value_of(text)
+    if len(words) % 2:
+        raise ValueError(f"{words[-1]}: has no value; a parameter is given as --name value")
+    return parameters
+
+
+def run_cell(source: str, file: str, names: dict):
+    """Runs one cell in `names`; returns the value of its last line, where that is an expression."""
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # for tracebacks
+    tree, last = ast.parse(source, file), None
+    if tree.body and isinstance(tree.body[-1], ast.Expr):
+        last = ast.Expression(tree.body.pop().value)
+    exec(compile(tree, file, "exec"), names)
+    return last and eval(compile(last, file, "eval"), names)
+
+
+def run_notebook(path: str | os.PathLike, parameters: dict, shown=lambda names, number, picture: None,
+                 ) -> dict:
+    """Runs the code of a notebook with other parameters; returns the names that it defines.
+
+    shown(names, number, picture): called where a cell shows something, with the names so far, the cell's
+    number, and a PIL image or "figure".
+    Raises ValueError for a parameter that the notebook does not have.
+    """
+    names = {"__name__": "__main__", "display": lambda picture: shown(names, number, picture)}
+    plt.show = lambda: shown(names, number, "figure")
+    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] != "code":
+            continue
+        before = set(names)
+        result = run_cell("".join(cell["source"]), f"<{Path(path).name}, cell {number}>", names)
+        if isinstance(result, Image.Image):
+            shown(names, number, result)
+        if "parameters" in cell["metadata"].get("tags", []):
+            known = sorted(set(names) - before)
+            for name in parameters:
+                if name not in known:
+                    raise ValueError(f"{name}: no parameter of {path}; it has {', '.join(known)}")
+            names.update(parameters)
+    return names
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        sys.exit(__doc__)
+    plt.switch_backend("agg")  # which opens no windows
+    sys.path.insert(0, str(Path(sys.argv[1]).resolve().parent))
+    first = os.environ.get("RANK", "0") == "0"
+    parameters = read_parameters(sys.argv[2:])
+
+    def save(names, number, picture):
+        folder = names.get("save_dir", names.get("output_dir"))
+        if first and folder is not None:
+            folder = Path(folder).expanduser() / "figures"
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / f"cell_{number}.png"
+            plt.savefig(file, bbox_inches="tight") if picture == "figure" else picture.save(file)
+        plt.close("all")
+
+    run_notebook(sys.argv[1], parameters, save)
+
+
+if __name__ == "__main__":
+    main()

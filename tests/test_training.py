@@ -1,0 +1,394 @@
+"""What surrounds the loop: the step, the stream of batches, the files of a run."""
+
+import math
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from filelock import FileLock
+from PIL import Image
+
+import training
+from checkpoint import load_checkpoint, save_checkpoint
+from model import U_net
+from training import Run, autocast, hold_signals, shuffled_epochs
+
+IMAGES, CLASSES = 40, 2
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available=False: None)
+
+
+class Data:
+    """Noise that has a label."""
+
+    def __init__(self, count=IMAGES, seed=0):
+        rng = torch.Generator().manual_seed(seed)
+        self.pixels = torch.randint(256, (count, 1, 8, 8), dtype=torch.uint8, generator=rng)
+        self.labels = torch.arange(count) % CLASSES
+
+    def __len__(self):
+        return len(self.pixels)
+
+
+def run_in(folder, data=None, network=None, **arguments):
+    """A run of ten steps of eight images, unless other arguments say otherwise."""
+    torch.manual_seed(0)
+    model = U_net(t_dim=8, widths=(8,), num_classes=CLASSES, **network or {})
+    model.metadata = {"image_size": 8, "noise_schedule": {"num_timesteps": 100}}
+    defaults = dict(batch_size=8, learning_rate=1e-3, num_epochs=2, seed=0, precision="fp32",
+                    use_labels=True)
+    return Run(model, data or Data(), save_dir=folder, **defaults | arguments)
+
+
+def loss_by(run):
+    def loss_of(x0, noise, label):
+        t = torch.full((len(x0),), 50)
+        return (run.model(x0 + noise, t, label) - noise).square().mean()
+    return loss_of
+
+
+def train(run, until=None, preview=None, each=lambda run: None):
+    """Trains to the end, or until the signal of Jupyter's Stop comes before a step is taken."""
+    loss_of = loss_by(run)
+    for x0, label in run.batches(preview):
+        if run.steps + 1 == until:
+            run._meet_at = 0  # look at once
+            signal.raise_signal(signal.SIGINT)
+        run.step(loss_of, x0, torch.randn(x0.shape, generator=run.rng), label)
+        each(run)
+    return run
+
+
+def weights(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()]).clone()
+
+
+# The batches
+
+@pytest.mark.parametrize("num_images, batch_size", [(10, 4), (10, 5), (3, 8), (7, 7), (5, 1)])
+def test_batches_are_full_and_every_epoch_has_each_image_once(num_images, batch_size):
+    stream = shuffled_epochs(num_images, batch_size, seed=0, step=0)
+    batches = [next(stream) for _ in range(3 * num_images)]
+    assert all(len(batch) == batch_size for batch in batches)
+    epochs = torch.cat(batches).split(num_images)
+    assert len(epochs) == 3 * batch_size
+    assert all(epoch.sort().values.tolist() == list(range(num_images)) for epoch in epochs)
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) > 1 or num_images == 1
+    for step in (1, 2, 5):
+        assert torch.equal(next(shuffled_epochs(num_images, batch_size, 0, step)), batches[step])
+
+
+def test_batches_are_images_in_minus_one_to_one_with_their_labels(tmp_path):
+    run, seen = run_in(tmp_path, num_epochs=1), []
+    for x0, label in run.batches():
+        seen += [(round((x.item() + 1) * 127.5), one.item()) for x, one in zip(x0[:, 0, 0, 0], label)]
+        run.step(loss_by(run), x0, torch.zeros_like(x0), label)
+    expected = zip(Data().pixels[:, 0, 0, 0].tolist(), Data().labels.tolist())
+    assert sorted(seen) == sorted(expected)
+
+
+# The step
+
+def test_a_step_is_adamw_on_a_gradient_of_norm_1_and_the_average_follows(tmp_path):
+    """Against torch.optim.AdamW by hand, with another way to clip, average and fall."""
+    run = run_in(tmp_path, num_epochs=8)  # 40 steps
+    twin, average = [p.detach().clone().requires_grad_() for p in run.model.parameters()], weights(run.model)
+    optimizer, names = torch.optim.AdamW(twin, fused=False), [n for n, _ in run.model.named_parameters()]
+    for x0, label in run.batches():
+        noise, step = 30 * torch.randn(x0.shape, generator=run.rng), run.steps  # of a large gradient
+        run.step(loss_by(run), x0, noise, label)
+
+        prediction = torch.func.functional_call(run.model, dict(zip(names, twin)),
+                                                (x0 + noise, torch.full((8,), 50), label))
+        loss = (prediction - noise).square().mean()
+        gradient = torch.autograd.grad(loss, twin)
+        norm = torch.cat([g.flatten() for g in gradient]).norm()
+        assert norm > 1
+        for parameter, g in zip(twin, gradient):
+            parameter.grad = g / norm
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 2) * (
+            1 + math.cos(math.pi * step / 40)) / 2
+        optimizer.step()
+        decay = min(0.999, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * torch.cat([p.detach().flatten() for p in twin])
+        if run.steps == 5:
+            break
+    torch.testing.assert_close(weights(run.model), torch.cat([p.flatten() for p in twin]).detach(),
+                               rtol=0, atol=2e-5)
+    torch.testing.assert_close(weights(run.average), average, rtol=0, atol=2e-5)
+
+
+def test_a_short_gradient_is_not_made_longer(tmp_path):
+    run = run_in(tmp_path)
+    loss_of = loss_by(run)
+    x0, label = next(run.batches())
+    run.step(lambda *batch: 1e-4 * loss_of(*batch), x0, torch.randn(x0.shape, generator=run.rng), label)
+    (_, norm), = [pending.tolist() for pending in run._pending]
+    found = torch.cat([p.grad.flatten() for p in run.model.parameters()]).norm().item()
+    assert 0 < norm < 1 and found == pytest.approx(norm, rel=1e-4)
+
+
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(tmp_path):
+    whole, parts = (run_in(tmp_path / str(size), micro_batch_size=size) for size in (None, 3))
+    for run in (whole, parts):
+        run.optimizer = torch.optim.SGD(run.model.parameters(), 0.1, fused=True)
+    with pytest.warns(UserWarning, match="lr_scheduler"):  # of the optimizer that is gone
+        train(whole)
+    train(parts)
+    torch.testing.assert_close(weights(parts.model), weights(whole.model), rtol=0, atol=1e-6)
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_ends_the_run(tmp_path):
+    run = run_in(tmp_path)
+    loss_of, kept = loss_by(run), []
+
+    def breaks(*batch):
+        return loss_of(*batch) * (math.nan if run.steps == 3 else 1)
+    with pytest.raises(FloatingPointError, match="step 4: the gradient is not finite at learning rate 0.0"):
+        for x0, label in run.batches():
+            if run.steps == 3:
+                kept = [weights(run.model), weights(run.average)]
+                run._meet_at = 0
+            run.step(breaks, x0, torch.randn(x0.shape, generator=run.rng), label)
+    assert torch.equal(weights(run.model), kept[0]) and torch.equal(weights(run.average), kept[1])
+    moments = run.optimizer.state.values()
+    assert all(m["exp_avg"].isfinite().all() and m["step"] == 3 for m in moments)
+
+
+def test_a_loss_that_grows_out_of_bounds_ends_the_run_and_keeps_the_last_good_files(tmp_path):
+    train(run_in(tmp_path))
+    before = (tmp_path / "model.pth").read_bytes()
+    run = run_in(tmp_path, resume=True, num_epochs=400)
+    loss_of = loss_by(run)
+    with pytest.raises(FloatingPointError, match="the loss has grown to .* start again with a lower"):
+        for x0, label in run.batches():
+            run.step(lambda *batch: 1e6 * loss_of(*batch), x0, torch.randn(x0.shape), label)
+    assert (tmp_path / "model.pth").read_bytes() == before
+    assert run_in(tmp_path, resume=True, num_epochs=400).steps == 10
+
+
+# Stop and go on
+
+def test_a_run_that_was_stopped_and_resumed_is_the_one_that_never_stopped(tmp_path, capsys):
+    whole = train(run_in(tmp_path / "whole"))
+    train(run_in(tmp_path / "parts"), until=3)
+    assert "stopped after step 3 of 10; resume=True goes on from" in capsys.readouterr().out
+    train(run_in(tmp_path / "parts", resume=True), until=7)
+    parts = train(run_in(tmp_path / "parts", resume="auto"))
+    assert parts.losses == whole.losses and len(whole.losses) == 10
+    for one, other in ((parts.model, whole.model), (parts.average, whole.average)):
+        assert torch.equal(weights(one), weights(other))
+    for one, other in zip(parts.optimizer.state.values(), whole.optimizer.state.values()):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    saved = [U_net.from_checkpoint(tmp_path / name / "model.pth") for name in ("whole", "parts")]
+    assert torch.equal(*map(weights, saved)) and torch.equal(weights(saved[0]), weights(whole.average))
+
+
+def test_resume_needs_the_same_run_by_meaning(tmp_path):
+    train(run_in(tmp_path))
+    for change, message in (({"learning_rate": 0.5}, "learning_rate: the run in .* has 0.001, .* has 0.5"),
+                            ({"batch_size": 4}, "batch_size"), ({"seed": 1}, "seed"),
+                            ({"data": Data(seed=1)}, "pixels"), ({"use_labels": False}, "labels")):
+        with pytest.raises(ValueError, match=message):
+            run_in(tmp_path, resume=True, **change)
+    with pytest.raises(ValueError, match="widths|network"):
+        run_in(tmp_path, resume=True, network={"blocks": 2})
+    with pytest.raises(FileNotFoundError, match="state.pth: no such checkpoint"):
+        run_in(tmp_path / "empty", resume=True)
+    assert run_in(tmp_path / "empty", resume="auto").steps == 0
+    with pytest.raises(ValueError, match="resume 'yes': must be True, False or 'auto'"):
+        run_in(tmp_path, resume="yes")
+    save_checkpoint({"epoch": 1}, tmp_path / "empty" / "state.pth")
+    with pytest.raises(ValueError, match="not the state of a run of this version, it has no average"):
+        run_in(tmp_path / "empty", resume=True)
+
+
+def test_a_finished_run_trains_on_with_more_epochs(tmp_path):
+    train(run_in(tmp_path))
+    run = train(run_in(tmp_path, resume=True, num_epochs=3))
+    assert run.steps == 15
+    saved = U_net.from_checkpoint(tmp_path / "model.pth").metadata["training"]
+    assert (saved["num_epochs"], saved["steps"], saved["images_seen"]) == (3, 15, 120)
+
+
+def test_a_restarted_job_goes_on_with_its_own_run_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    train(run_in(tmp_path))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run_in(tmp_path).steps == 10
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
+    assert run_in(tmp_path).steps == 0
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_the_first_signal_waits_and_the_second_acts(name):
+    if not hasattr(signal, name):
+        pytest.skip("Windows has no SIGHUP")
+    number, caught = getattr(signal, name), []
+    before = signal.signal(number, lambda *_: caught.append(True))
+    try:
+        with hold_signals() as stopped:
+            assert not stopped()
+            signal.raise_signal(number)
+            assert stopped() and not caught
+            signal.raise_signal(number)
+            assert caught
+    finally:
+        signal.signal(number, before)
+
+
+# The files
+
+def test_a_new_run_sets_the_old_files_aside(tmp_path):
+    train(run_in(tmp_path))
+    before = (tmp_path / "model.pth").read_bytes()
+    train(run_in(tmp_path, seed=1))
+    (aside,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert (aside / "model.pth").read_bytes() == before and (aside / "state.pth").exists()
+    assert (tmp_path / "model.pth").read_bytes() != before
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    tmp_path.joinpath("run").mkdir()
+    other = FileLock(tmp_path / "run" / ".lock")  # not the run's own object: another process's
+    with other, pytest.raises(ValueError, match="save_dir .*run: another run is writing there"):
+        run_in(tmp_path / "run")
+    run_in(tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        run_in(tmp_path / "file")
+
+
+class Clock:
+    """A clock on which every step takes a given time, and a preview another."""
+
+    def __init__(self, monkeypatch, step=1.0):
+        self.now, self.step = 0.0, step
+        monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def tick(self, run):
+        self.now += self.step
+
+
+def test_state_is_saved_by_the_clock_and_previews_take_a_twentieth_of_the_time(tmp_path, monkeypatch):
+    clock, saves, shows = Clock(monkeypatch), [], []
+    run = run_in(tmp_path, num_epochs=800)  # 4000 steps of a second
+    monkeypatch.setattr(run, "_save", lambda: (saves.append(clock.now), setattr(run, "_saved_at", clock.now)))
+
+    def preview():
+        shows.append(clock.now)
+        clock.now += 5
+        return Image.new("L", (8, 8))
+    train(run, preview=preview, each=clock.tick)
+    gaps = [b - a for a, b in zip([0, *saves], saves)]
+    assert max(gaps) <= 300 and len(saves) <= 4000 / 100
+    assert shows[0] <= 60 and len(shows) >= 5
+    assert all(5 * i <= 0.05 * at for i, at in enumerate(shows[1:], start=1))
+    assert (tmp_path / "preview.png").exists()
+
+
+def test_a_preview_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    clock = Clock(monkeypatch, step=30.0)
+
+    def preview():
+        raise OSError(28, "No space left on device")
+    run = train(run_in(tmp_path), preview=preview, each=clock.tick)
+    assert run.steps == 10 and "no preview after step" in capsys.readouterr().out
+
+
+def test_a_long_run_keeps_its_average_after_a_sixteenth_as_a_guide_and_a_short_one_none(tmp_path):
+    seen = {}
+    run = run_in(tmp_path / "long", num_epochs=16 * training.YOUNGEST_GUIDE // 5)
+    train(run, each=lambda run: seen.update({run.steps: weights(run.average)}))
+    guide = U_net.from_checkpoint(tmp_path / "long" / "model_guide.pth")
+    assert guide.metadata["training"]["steps"] == training.YOUNGEST_GUIDE
+    assert torch.equal(weights(guide), seen[training.YOUNGEST_GUIDE])
+    assert U_net.from_checkpoint(tmp_path / "long" / "model.pth").metadata["guidance"] > 1
+    train(run_in(tmp_path / "short"))
+    assert not (tmp_path / "short" / "model_guide.pth").exists()
+    assert U_net.from_checkpoint(tmp_path / "short" / "model.pth").metadata["guidance"] == 1
+
+
+def test_a_run_starts_from_initial_weights_and_takes_their_guide_along(tmp_path):
+    start = tmp_path / "start.pth"
+    first = train(run_in(tmp_path / "first"))
+    save_checkpoint(first.average.state_dict(), start)
+    run = run_in(tmp_path / "second", initial_weights=start)
+    assert torch.equal(weights(run.model), weights(first.average))
+    train(run)
+    training_of = U_net.from_checkpoint(tmp_path / "second" / "model.pth").metadata["training"]
+    assert training_of["earlier"]["steps"] == 10 and training_of["initial_weights"] == str(start)
+    assert not (tmp_path / "second" / "model_guide.pth").exists()
+
+    (tmp_path / "start_guide.pth").write_bytes(start.read_bytes())
+    train(run_in(tmp_path / "third", initial_weights=start))
+    assert (tmp_path / "third" / "model_guide.pth").read_bytes() == start.read_bytes()
+    start.unlink()  # its state is all that the run needs now
+    assert run_in(tmp_path / "third", initial_weights=start, resume=True).steps == 10
+
+
+def test_initial_weights_of_something_else_are_refused(tmp_path):
+    train(run_in(tmp_path))
+    with pytest.raises(ValueError, match="initial_weights .*model.pth: this run would write over it"):
+        run_in(tmp_path, initial_weights=tmp_path / "model.pth")
+    state = load_checkpoint(tmp_path / "model.pth")
+    state["_extra_state"]["noise_schedule"] = {"num_timesteps": 7}
+    save_checkpoint(state, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="noise_schedule: .*other.pth has .*7.* this run has .*100"):
+        run_in(tmp_path / "new", initial_weights=tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"batch_size": 0}, "batch_size 0"), ({"num_epochs": 1.5}, "num_epochs 1.5"), ({"seed": -1}, "seed -1"),
+    ({"learning_rate": "1e-4"}, "learning_rate '1e-4'"), ({"learning_rate": math.nan}, "learning_rate nan"),
+    ({"micro_batch_size": -2}, "micro_batch_size -2"), ({"precision": "fp16"}, "precision 'fp16'")])
+def test_bad_values_are_refused_by_name(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run_in(tmp_path, **arguments)
+
+
+# Device and precision
+
+@pytest.mark.parametrize("has, expected", [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True),
+                                           ({"avx2": True}, False)])
+def test_bf16_is_chosen_by_what_the_processor_is(monkeypatch, has, expected):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: has, raising=False)
+    with autocast("cpu", "auto"):
+        assert torch.is_autocast_enabled("cpu") == expected
+    for name in ("bf16", "fp32"):
+        with autocast("cpu", name):
+            assert torch.is_autocast_enabled("cpu") == (name == "bf16")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_step_is_the_plain_one(tmp_path, monkeypatch):
+    def on_gpu(folder):
+        torch.manual_seed(0)
+        model = U_net("cuda", t_dim=8, widths=(8,), num_classes=CLASSES)
+        run = Run(model, Data(), batch_size=8, learning_rate=1e-3, num_epochs=4, seed=0, use_labels=True,
+                  save_dir=folder)
+
+        def loss_of(x0, noise, t, label):
+            return (model(x0 + noise, t, label) - noise).square().mean()
+        for x0, label in run.batches():
+            noise = torch.randn(x0.shape, generator=run.rng, device="cuda")
+            run.step(loss_of, x0, noise, torch.full((8,), 50, device="cuda"), label)
+        return run.losses
+    recorded = on_gpu(tmp_path / "recorded")
+    monkeypatch.setattr(training, "recorded", lambda step: step)
+    assert on_gpu(tmp_path / "plain") == recorded
+
+
+@pytest.mark.skipif(os.name != "posix", reason="reads the environment of torchrun")
+def test_one_process_alone_needs_no_group(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert training.choose_device() == "cpu" and not torch.distributed.is_initialized()

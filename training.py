@@ -1,0 +1,578 @@
+"""What surrounds the training loop: device and processes, precision, the step made fast, the average of
+the weights, and the run's files. The loss and the loop itself are in train.ipynb.
+
+What is equal to what: timesteps, noise and the order of the images are a function of (seed, step), drawn
+for the whole batch. On one device a run that was stopped and resumed is bit for bit the one that never
+stopped. N processes and parts of batches (`micro_batch_size`) compute the same sums in another order,
+equal to rounding. Another kind of device, or another precision, draws other numbers.
+"""
+
+import atexit
+import hashlib
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from datetime import datetime, timedelta
+from pathlib import Path
+from statistics import fmean
+
+import matplotlib.pyplot as plt
+import torch
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+from IPython import get_ipython
+from IPython.display import DisplayHandle
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
+
+from checkpoint import load_checkpoint, save_checkpoint
+from noise import random_stream
+
+PRECISIONS = ("auto", "fp32", "bf16")
+ORDER, DRAWS = 0, 1  # which random stream of a seed: the order of the images, or what a step draws
+SAVE_SECONDS = 120  # between two writes of the state
+FIRST_PREVIEW, PREVIEW_SHARE = 10, 0.04  # seconds; of the time that training takes
+YOUNGEST_GUIDE = 50  # steps: a younger average is nearly noise, and pushing away from it ruins a picture
+READ_SECONDS = 0.25  # between two looks at the losses
+DIVERGED = 100  # times the loss of the first step: beyond any doubt
+COMPILE_PAYS = 3e9  # pixels of a run from which torch.compile saves more time than it takes, on an H100
+
+
+def choose_device() -> str:
+    """The device of this process: an accelerator ("cuda", "mps", "xpu") where there is one, else "cpu".
+
+    Started by torchrun, this process becomes one of many that train together: it takes the accelerator of
+    its number, and all but the first print nothing.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = "cpu" if accelerator is None else accelerator.type
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        if accelerator is not None:
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(timeout=timedelta(hours=6))  # others wait while one decodes a folder
+        atexit.register(dist.destroy_process_group)
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def bf16_is_native(device: str) -> bool:
+    """Whether the device has instructions for bf16: without them, bf16 can be ten times slower."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu":
+        has = getattr(torch.cpu, "get_capabilities", dict)()
+        return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+    return device == "xpu"
+
+
+def autocast(device: str, precision: str = "auto") -> torch.autocast:
+    """The context in which networks run: "fp32", "bf16", or "auto", bf16 where the device has it.
+
+    bf16 is a number of 16 bits with the range of a float32 and 8 bits of precision: half the bytes.
+    Raises ValueError for another name.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}: choose from {', '.join(PRECISIONS)}")
+    bf16 = bf16_is_native(device) if precision == "auto" else precision == "bf16"
+    return torch.autocast(device, torch.bfloat16, enabled=bf16)
+
+
+@contextmanager
+def hold_signals() -> Iterator[Callable[[], bool]]:
+    """Within the block the first Ctrl-C (or Jupyter's Stop), SIGTERM or SIGHUP only raises a flag.
+
+    Yields a function that says whether one has come, so that a loop can finish its step, save, and stop.
+    A second one acts as always. Works in the main thread alone.
+    """
+    came, before = [], {}
+
+    def release():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(*_):
+        came.append(True)
+        release()
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        if hasattr(signal, name):
+            before[getattr(signal, name)] = signal.signal(getattr(signal, name), note)
+    try:
+        yield lambda: bool(came)
+    finally:
+        release()
+
+
+def shuffled_epochs(num_images: int, batch_size: int, seed: int, step: int) -> Iterator[Tensor]:
+    """The images of each batch from `step` on, (batch_size,) int64: shuffled epochs, one after the other,
+    cut into batches that are always full. The rest of an epoch is joined by the beginning of the next.
+    """
+    def order(epoch):
+        return torch.randperm(num_images, generator=random_stream(seed, ORDER, epoch))
+
+    epoch, used = divmod(step * batch_size, num_images)
+    left = order(epoch)[used:]
+    while True:
+        while len(left) < batch_size:
+            epoch += 1
+            left = torch.cat([left, order(epoch)])
+        yield left[:batch_size]
+        left = left[batch_size:]
+
+
+class LossModule(nn.Module):
+    """A loss as a module that owns its network, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model: nn.Module, loss_of: Callable[..., Tensor]):
+        super().__init__()
+        self.model, self.loss_of = model, loss_of
+
+    def forward(self, *batch: Tensor | None) -> Tensor:
+        return self.loss_of(*batch)
+
+
+class Run:
+    """A training run: its batches, its steps, its files.
+
+        for x0, label in run.batches(preview):
+            ...
+            run.step(loss_of, x0, noise, t, label)
+
+    model: the network to train, in place. data: has `pixels`, uint8 (N, C, H, W), and `labels`, (N,) or
+    None. use_labels: whether batches come with those labels.
+    batch_size: images of a step, over all processes. micro_batch_size: at most so many at a time on one
+    device, whose gradients add up (None: all of them).
+    learning_rate: of AdamW, after a warm-up of a twentieth of the run and before a cosine down to zero.
+    num_epochs: how often each image is seen. seed: of the order, the timesteps and the noise.
+    save_dir: where `state.pth`, `model.pth` (the averaged weights), `model_guide.pth` (the average early
+    in a long run) and `preview.png` go.
+    resume: True goes on with the run in save_dir, False begins a new one and sets the old files aside,
+    "auto" goes on where there is a run and begins where there is none.
+    initial_weights: a checkpoint of the same network to start from.
+    precision: see `autocast`. decay: what the average keeps of itself in a step, at most.
+
+    `average` is the averaged network, `losses` the loss of every step, `rng` the random stream of a step.
+    Raises ValueError for a bad value, for a resume that does not fit, and where another run is writing in
+    save_dir; OSError where save_dir cannot be written.
+    """
+
+    def __init__(self, model: nn.Module, data, *, batch_size: int, learning_rate: float, num_epochs: int,
+                 seed: int, save_dir: str | os.PathLike, resume: bool | str = False,
+                 use_labels: bool = False, micro_batch_size: int | None = None,
+                 initial_weights: str | os.PathLike | None = None, precision: str = "auto",
+                 decay: float = 0.999):
+        self.model = model
+        self.device = next(model.parameters()).device.type
+        self.rank, self.world = 0, 1
+        if dist.is_initialized():
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        for name, value, least in (("batch_size", batch_size, 1), ("num_epochs", num_epochs, 1),
+                                   ("micro_batch_size", micro_batch_size or batch_size, 1),
+                                   ("seed", seed, 0)):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} {value!r}: must be a whole number of at least {least}")
+        if not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < math.inf:
+            raise ValueError(f"learning_rate {learning_rate!r}: must be a number above 0")
+        if batch_size % self.world:
+            raise ValueError(f"batch_size {batch_size}: must be a multiple of the {self.world} processes")
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size or batch_size
+        self.seed, self.decay, self.precision = seed, decay, autocast(self.device, precision)
+        self.num_images, self.total_steps = len(data), math.ceil(num_epochs * len(data) / batch_size)
+        self.settings = {
+            "batch_size": batch_size, "learning_rate": learning_rate, "num_epochs": num_epochs,
+            "seed": seed, "num_images": len(data), "pixels": digest(data.pixels),
+            "labels": use_labels, "precision": "bf16" if self.precision._enabled else "fp32",
+            "device": self.device, "initial_weights": initial_weights and str(initial_weights)}
+        self.losses, self.steps, self.seconds, self.previews = [], 0, 0.0, []
+        self.folder = Path(save_dir).expanduser()
+        self.model_path, self.guide_path, self.state_path = (
+            self.folder / f"{name}.pth" for name in ("model", "model_guide", "state"))
+        self._take_folder()
+        self.earlier, self.guide_steps = None, 0
+        if initial_weights is not None and not (resume and self.state_path.exists()):
+            self._start_from(Path(initial_weights).expanduser())
+        self.average = deepcopy(model).eval().requires_grad_(False)
+        self._make_optimizer(learning_rate)
+        if self._goes_on(resume):
+            self._load()
+        elif self.rank == 0:
+            self._set_old_files_aside()
+        self.rng = torch.Generator(self.device)
+        self._loss_of, self._pending, self._meet_at = None, [], 0
+        self._pixels, self._labels = data.pixels, data.labels if use_labels else None
+        if self.device == "cuda" and data.pixels.nbytes < torch.cuda.mem_get_info()[0] / 2:
+            self._pixels = data.pixels.to(self.device)
+        print(self)
+
+    def __str__(self) -> str:
+        count = sum(p.numel() for p in self.model.parameters())
+        many = f"{self.world} processes on {self.device}" if self.world > 1 else self.device
+        done = f", {self.steps:,} of them done" if self.steps else ""
+        return (f"{count:,} weights on {many} in {self.settings['precision']}, {self.total_steps:,} steps "
+                f"of {self.batch_size} images{done}")
+
+    @property
+    def images_seen(self) -> int:
+        return self.steps * self.batch_size
+
+    # The loop
+
+    def batches(self, preview: Callable[[], Image.Image] | None = None,
+                ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The batches from where the run stands to its end: images (B, C, H, W) in [-1, 1], and labels
+        (B,) int64 or None. Between steps the files are written and the progress shown.
+
+        preview: draws a picture with `average`; called within a minute, then so that all pictures take
+        at most 5 % of the time, and at the end.
+        Ctrl-C, Jupyter's Stop, SIGTERM and SIGHUP end the loop after the step at hand, with all saved.
+        """
+        self._clock = self._saved_at = time.perf_counter()
+        self._preview_at, self._picture = FIRST_PREVIEW, DisplayHandle()
+        if get_ipython() and preview:
+            self._picture.display("The first preview will be here within a minute.")
+        order = shuffled_epochs(self.num_images, self.batch_size, self.seed, self.steps)
+        with hold_signals() as stopped, self._progress_bar() as bar:
+            while self.steps < self.total_steps:
+                seed = random_stream(self.seed, DRAWS, self.steps).initial_seed()
+                self.rng.manual_seed(seed)
+                torch.manual_seed((seed + self.rank) % 2**63)  # of dropout, where the network has it
+                yield self._take_batch(next(order))
+                if self.steps >= min(self._meet_at, self.total_steps):
+                    if self._meet(stopped(), preview, bar):
+                        break
+            self._save()
+            if self.steps == self.total_steps and preview and self.rank == 0:
+                self._show(preview)
+        if self.steps < self.total_steps:
+            print(f"stopped after step {self.steps:,} of {self.total_steps:,}; resume=True goes on from "
+                  f"{self.state_path}")
+        else:
+            print(f"loss {fmean(self.losses[-100:]):.4f} after {self.steps:,} steps and "
+                  f"{self.seconds / 60:.1f} minutes; the model is in {self.model_path}")
+
+    def _progress_bar(self) -> tqdm:
+        return tqdm(total=self.total_steps * self.batch_size, initial=self.images_seen, unit=" images",
+                    unit_scale=True, smoothing=0.1, disable=self.rank > 0)
+
+    def _take_batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        labels = None if self._labels is None else self._to_device(self._labels[index])
+        if self._pixels.device.type == self.device:
+            index = self._to_device(index)
+        pixels = self._to_device(self._pixels[index]).to(memory_format=torch.channels_last)
+        return pixels.float() / 127.5 - 1, labels
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self.device == "cuda" and tensor.device.type == "cpu":
+            return tensor.pin_memory().to(self.device, non_blocking=True)  # while the last step goes on
+        return tensor.to(self.device)
+
+    def step(self, loss_of: Callable[..., Tensor], *batch: Tensor | None) -> None:
+        """One step of training: gradient, clipped at a norm of 1, AdamW, learning rate, average.
+
+        loss_of(*batch): the mean loss, a function of tensors alone, each with one entry for each image of
+        the whole batch; every process takes its share. A step whose gradient is not finite changes
+        nothing, and ends the run at the next look at the losses.
+        """
+        if loss_of is not self._loss_of:
+            self._loss_of, self._step = loss_of, self._fastest_step(loss_of)
+        share = self.batch_size // self.world
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))  # forgets the random start quickly
+        self._average_weight.fill_(1 - decay)
+        self._pending.append(self._step(*(x if x is None else x[mine] for x in batch)))
+        self.lr_schedule.step()
+        self.steps += 1
+
+    def _plain_step(self, loss_of: Callable[..., Tensor], *batch: Tensor | None) -> Tensor:
+        """A step on this process's share of a batch; returns its loss and the gradient's norm, (2,)."""
+        self.optimizer.zero_grad(set_to_none=True)
+        size, loss = len(batch[0]), torch.zeros((), device=self.device)
+        for start in range(0, size, self.micro_batch_size):
+            end = start + self.micro_batch_size
+            part = [x if x is None else x[start:end] for x in batch]
+            alone = self._over_processes and end < size  # the last part sums over the processes
+            with self._over_processes.no_sync() if alone else nullcontext():
+                with self.precision:
+                    part_loss = loss_of(*part) * (len(part[0]) / size)
+                part_loss.backward()
+            loss += part_loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=1.0)
+        finite = norm.isfinite().float()
+        self.optimizer.found_inf = 1 - finite  # where 1, AdamW changes nothing (as for GradScaler)
+        self.optimizer.step()
+        average, weights = list(self.average.parameters()), [p.detach() for p in self.model.parameters()]
+        change = torch._foreach_sub(weights, average)
+        torch._foreach_mul_(change, self._average_weight * finite)
+        torch._foreach_add_(average, change)
+        return torch.stack([loss, norm])
+
+    # The step made fast
+
+    def _fastest_step(self, loss_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The step for this loss: over processes, compiled or recorded, where that is to be had."""
+        if self.device == "cuda":
+            pixels = (self.total_steps - self.steps) * self.batch_size * self._pixels[0].numel()
+            if pixels >= COMPILE_PAYS:
+                loss_of = torch.compile(loss_of, dynamic=False)
+            print(f"{pixels:.1e} pixels to come: the loss is {'' if pixels >= COMPILE_PAYS else 'not '}"
+                  f"compiled, which pays from {COMPILE_PAYS:.0e} on")
+        self._over_processes = None
+        if self.world > 1:
+            loss_of = self._over_processes = DistributedDataParallel(LossModule(self.model, loss_of))
+
+        def step(*batch):
+            return self._plain_step(loss_of, *batch)
+        return recorded(step) if self.device == "cuda" and self.world == 1 else step
+
+    def _make_optimizer(self, learning_rate: float) -> None:
+        warm_up = max(1, self.total_steps // 20)
+
+        def factor(step):
+            return min(1, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / self.total_steps)) / 2
+
+        on_gpu = self.device == "cuda"
+        lr = torch.tensor(learning_rate, device=self.device)  # a tensor: a recorded step sees it change
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr, fused=True, capturable=on_gpu)
+        self.optimizer.grad_scale = None
+        self.lr_schedule = LambdaLR(self.optimizer, factor)
+        self._average_weight = torch.zeros((), device=self.device)
+
+    # Between the steps
+
+    def _meet(self, stopped: bool, preview: Callable | None, bar: tqdm) -> bool:
+        """Reads the losses since the last time, on all processes at once, and does what is due by the clock
+        of the first; returns whether the run is to stop."""
+        values = torch.stack(self._pending)  # (steps, 2): here the host waits for the device
+        now, count = time.perf_counter(), len(values)
+        due = [0.0] * 3
+        if self.rank == 0:
+            due = [float(max(1, min(500, int(count * READ_SECONDS / (now - self._clock))))),
+                   float(now - self._saved_at > SAVE_SECONDS), float(self.seconds >= self._preview_at)]
+        message = torch.cat([values[:, 0] / self.world, values.new_tensor([float(stopped), *due])])
+        if self.world > 1:
+            dist.all_reduce(message)
+        *losses, stops, interval, saves, shows = message.tolist()
+        self._pending.clear()
+        self._check_losses(losses, values[:, 1].tolist())
+        self.losses += losses
+        now = time.perf_counter()
+        self.seconds, self._clock = self.seconds + now - self._clock, now
+        self._meet_at = self.steps + int(interval)
+        guide = self.total_steps // 16
+        if guide >= YOUNGEST_GUIDE and self.guide_steps is not None:
+            if self.steps == guide or (self.steps > guide and not self.guide_steps):
+                self.guide_steps = self.steps
+                self._save_average(self.guide_path)
+            elif self.steps < guide:
+                self._meet_at = min(self._meet_at, guide)
+        if saves:
+            self._save()
+        bar.set_postfix(loss=f"{fmean(self.losses[-100:]):.4f}", refresh=False)
+        bar.update(self.images_seen - bar.n)
+        if shows and preview and self.rank == 0:
+            self._show(preview)
+        return stops > 0
+
+    def _check_losses(self, losses: list[float], norms: list[float]) -> None:
+        """Raises FloatingPointError where a gradient was not finite or the loss has grown out of bounds."""
+        at = f"learning rate {self.lr_schedule.get_last_lr()[0].item():.3g}"
+        remedy = "start again with a lower learning_rate"
+        for step, norm in enumerate(norms, start=len(self.losses) + 1):
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"step {step}: the gradient is not finite at {at}; this step "
+                                         f"changed no weight, and nothing was saved since; {remedy}")
+        losses = self.losses + losses
+        mean = fmean(losses[-20:])
+        if mean > DIVERGED * losses[0]:
+            raise FloatingPointError(f"step {len(losses)}: the loss has grown to {mean:.3g} at {at}, from "
+                                     f"{losses[0]:.3g}; the files are those of the last save; {remedy}")
+
+    def _show(self, preview: Callable[[], Image.Image]) -> None:
+        """Adds a picture to the strip of previews, shows the strip and writes it; an error in it is said
+        and forgotten."""
+        start = time.perf_counter()
+        try:
+            if not self.previews or self.previews[-1][0] < self.images_seen:
+                self.previews.append((self.images_seen, preview()))
+            strip = strip_of(self.previews)
+            if get_ipython():  # elsewhere the file is all there is to see
+                self._picture.update(strip)
+            strip.savefig(self.folder / "preview.png", bbox_inches="tight")
+            plt.close(strip)
+        except Exception as error:
+            print(f"no preview after step {self.steps}: {error}")
+        self._clock = time.perf_counter()
+        cost = self._clock - start
+        self.seconds += cost
+        self._preview_at = max(1.4 * self.seconds, self.seconds + cost / PREVIEW_SHARE)
+
+    # The files
+
+    def _take_folder(self) -> None:
+        """Makes save_dir and locks it until this process ends, on the first process."""
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:  # the system frees the lock of a process that dies
+                FileLock(self.folder / ".lock", timeout=0, is_singleton=True).acquire()
+            except Timeout:
+                raise ValueError(f"save_dir {self.folder}: another run is writing there; choose another "
+                                 "folder, or end that run") from None
+
+    def _start_from(self, path: Path) -> None:
+        """Loads initial weights; their guide goes along, since this run's own would be no early network."""
+        if path.resolve() == self.model_path.resolve():
+            raise ValueError(f"initial_weights {path}: this run would write over it; choose another "
+                             "save_dir")
+        metadata = self.model.metadata
+        self.model.load_state_dict(load_checkpoint(path, self.device))
+        theirs = self.model.metadata.get("noise_schedule")
+        if theirs != metadata.get("noise_schedule"):
+            raise ValueError(f"noise_schedule: {path} has {theirs}, this run has "
+                             f"{metadata.get('noise_schedule')}; set num_timesteps to the checkpoint's")
+        self.earlier = self.model.metadata.get("training")
+        self.model.metadata = metadata
+        self.guide_steps = None
+
+    def _goes_on(self, resume: bool | str) -> bool:
+        """Whether to go on with the run in save_dir: where asked to, or where torchrun restarted a job
+        that had begun it."""
+        if resume not in (True, False, "auto"):
+            raise ValueError(f"resume {resume!r}: must be True, False or 'auto'")
+        self.job = os.environ.get("TORCHELASTIC_RUN_ID")
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        exists = self.state_path.exists()
+        ours = exists and restarted and load_checkpoint(self.state_path).get("job") == self.job
+        goes_on = resume is True or (resume == "auto" and exists) or ours
+        if self.world == 1:
+            return goes_on
+        flag = torch.tensor(float(goes_on and self.rank == 0), device=self.device)
+        dist.all_reduce(flag)  # the first process decides
+        return flag.item() > 0
+
+    def _load(self) -> None:
+        state = load_checkpoint(self.state_path, self.device)
+        missing = {"settings", "losses", "optimizer", *self._parts()} - state.keys()
+        if missing:
+            raise ValueError(f"{self.state_path}: not the state of a run of this version, it has no "
+                             f"{', '.join(sorted(missing))}; set resume=False for a new run")
+        for name, value in self.settings.items():
+            if name not in ("num_epochs", "initial_weights") and state["settings"].get(name) != value:
+                raise ValueError(f"{name}: the run in {self.folder} has {state['settings'].get(name)!r}, "
+                                 f"this one has {value!r}; resume with the same, or set resume=False for "
+                                 "a new run")
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.losses = state["losses"].tolist()
+        self.steps, self.seconds, self.earlier = len(self.losses), state["seconds"], state["earlier"]
+        self.guide_steps = state["guide_steps"]
+        self.settings["initial_weights"] = state["settings"]["initial_weights"]
+
+    def _parts(self) -> dict:
+        return {"model": self.model, "average": self.average, "optimizer": self.optimizer,
+                "lr_schedule": self.lr_schedule}
+
+    def _save(self) -> None:
+        """Writes the state, from which resume goes on, and then the averaged weights made of it."""
+        if self.rank == 0:
+            save_checkpoint({"settings": self.settings, "losses": torch.tensor(self.losses),
+                             "seconds": self.seconds, "earlier": self.earlier, "job": self.job,
+                             "guide_steps": self.guide_steps}
+                            | {name: part.state_dict() for name, part in self._parts().items()},
+                            self.state_path)
+            self._save_average(self.model_path)
+        self._saved_at = time.perf_counter()
+
+    def _save_average(self, path: Path) -> None:
+        self.average.metadata = self.model.metadata | {
+            "guidance": 1.5 if self.guide_path.exists() else 1.0,
+            "training": self.settings | {"steps": self.steps, "images_seen": self.images_seen,
+                                         "seconds": round(self.seconds), "earlier": self.earlier}}
+        if self.rank == 0:
+            save_checkpoint(self.average.state_dict(), path)
+
+    def _set_old_files_aside(self) -> None:
+        """Moves the files of an old run into a folder of their own, named by their time."""
+        names = (*(path.name for path in (self.model_path, self.guide_path, self.state_path)),
+                 "preview.png")
+        old = [self.folder / name for name in names if (self.folder / name).exists()]
+        if old:
+            last = datetime.fromtimestamp(max(path.stat().st_mtime for path in old))
+            aside = self.folder / f"{last:%Y%m%d-%H%M%S}"
+            aside.mkdir(exist_ok=True)
+            for path in old:
+                path.rename(aside / path.name)
+        initial = self.settings["initial_weights"]
+        if initial is not None:
+            guide = Path(initial).expanduser()
+            guide = guide.with_stem(f"{guide.stem}_guide")
+            if guide.exists():
+                shutil.copy(guide, self.guide_path)
+
+
+def digest(pixels: Tensor) -> str:
+    """A short name for pixels: the same for the same images, wherever they lie."""
+    return hashlib.blake2b(pixels.contiguous().numpy(), digest_size=8).hexdigest()
+
+
+def recorded(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The step as a CUDA graph: recorded once and replayed, so that a thousand launches become one.
+
+    The first three calls are plain steps, after which all that is made once is made. What cannot be
+    recorded stays plain, with a line that says why.
+    """
+    side, calls, replay = torch.cuda.Stream(), 0, None
+
+    def record(*batch):
+        inputs = [x if x is None else x.clone() for x in batch]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = step(*inputs)
+
+        def replay(*batch):
+            for mine, given in zip(inputs, batch):
+                if given is not None:
+                    mine.copy_(given)
+            graph.replay()
+            return result.clone()
+        return replay
+
+    def run(*batch):
+        nonlocal calls, replay
+        calls += 1
+        if calls <= 3:  # on a stream of their own, as torch.cuda.graph asks
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                result = step(*batch)
+            torch.cuda.current_stream().wait_stream(side)
+            return result
+        if replay is None:
+            try:
+                replay = record(*batch)
+            except RuntimeError as error:
+                print(f"plain steps, since this one cannot be recorded: {str(error).splitlines()[0]}")
+                replay = step
+        return replay(*batch)
+    return run
+
+
+def strip_of(previews: list[tuple[int, Image.Image]]) -> plt.Figure:
+    """One row for each preview, with the number of images seen as its label."""
+    width, height = previews[0][1].size
+    rows = len(previews)
+    figure, axes = plt.subplots(rows, figsize=(8, 6.5 * rows * height / width), squeeze=False)
+    for axis, (seen, picture) in zip(axes.flat, previews):
+        axis.imshow(picture)
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(f"{seen:,}\nimages seen" if seen == previews[0][0] else f"{seen:,}", rotation=0,
+                        ha="right", va="center")
+    return figure
