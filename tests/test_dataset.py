@@ -6,6 +6,9 @@ import os
 import re
 import struct
 import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
+import image_folder
 from checkpoint import atomic_file
 from dataset_loader import ImageDataset, image_grid, read_idx, to_image
 
@@ -312,7 +316,7 @@ def test_the_second_start_decodes_nothing_and_a_changed_folder_is_noticed(tmp_pa
         write_image(tmp_path / f"{value}.png", value, mode="L")
     first = ImageDataset(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("dataset_loader.decode", None)  # a call would fail
+        patch.setattr("image_folder.decode", None)  # a call would fail
         second = ImageDataset(tmp_path)
         assert torch.equal(first.pixels, second.pixels) and first.report == second.report
     write_image(tmp_path / "1.png", 99, mode="L")
@@ -320,14 +324,14 @@ def test_the_second_start_decodes_nothing_and_a_changed_folder_is_noticed(tmp_pa
     write_image(tmp_path / "3.png", 3, mode="L")
     assert first_pixels(ImageDataset(tmp_path)) == [0, 99, 2, 3]
     assert ImageDataset(tmp_path, image_size=8).pixels.shape == (4, 1, 8, 8)
-    assert len(os.listdir(tmp_path / ".pixels")) == 2  # one for each size; that of the folder before it changed is gone
+    assert len(list((tmp_path / ".pixels").glob("*.pth"))) == 2  # one for each size; that of the folder before it changed is gone
 
 
 def test_a_damaged_cache_is_made_anew(tmp_path):
     for value in range(3):
         write_image(tmp_path / f"{value}.png", value, mode="L")
     ImageDataset(tmp_path)
-    (store,) = (tmp_path / ".pixels").iterdir()
+    (store,) = (tmp_path / ".pixels").glob("*.pth")
     store.write_bytes(store.read_bytes()[:100])
     assert first_pixels(ImageDataset(tmp_path)) == first_pixels(ImageDataset(tmp_path)) == [0, 1, 2]
 
@@ -350,7 +354,7 @@ def test_what_another_start_writes_meanwhile_is_left_alone(tmp_path):
     for name in "ab":
         write_image(tmp_path / f"{name}.png", 7, mode="L")
     ImageDataset(tmp_path)
-    (store,) = (tmp_path / ".pixels").iterdir()
+    (store,) = (tmp_path / ".pixels").glob("*.pth")
     content = store.read_bytes()
     with atomic_file(store) as file:
         store.unlink()
@@ -402,3 +406,39 @@ def test_whatever_a_folder_holds_the_good_images_come_out(files, channels, fit):
 def test_bad_arguments_are_refused(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         ImageDataset(tmp_path, **arguments)
+
+
+def test_of_two_that_start_at_once_one_decodes_and_the_other_takes_its_pixels(tmp_path, monkeypatch):
+    """As the processes of torchrun on one machine do; here two threads, each with a lock of its own."""
+    for value in range(4):
+        write_image(tmp_path / f"{value}.png", value, mode="L")
+    decoded, decode, both = [], image_folder.decode, threading.Barrier(2)
+
+    def slow(name, **arguments):
+        decoded.append(name)
+        time.sleep(0.05)
+        return decode(name, **arguments)
+
+    def start(_):
+        both.wait()
+        return first_pixels(ImageDataset(tmp_path))
+    monkeypatch.setattr(image_folder, "decode", slow)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(start, range(2))) == [[0, 1, 2, 3]] * 2
+    assert sorted(decoded) == ["0.png", "1.png", "2.png", "3.png"]
+
+
+def test_a_folder_of_idx_files_is_told_to_pass_the_file():
+    with pytest.raises(FileNotFoundError, match="pass the file itself, such as .*ubyte"):
+        ImageDataset(MNIST)
+
+
+def test_a_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write_idx(tmp_path / "images-idx3-ubyte", np.full((3, 8, 8), 7, np.uint8))
+    assert first_pixels(ImageDataset("~/images-idx3-ubyte", image_size=8)) == [7, 7, 7]
+
+
+def test_the_labels_of_an_idx_file_are_named_by_their_numbers():
+    assert ImageDataset(MNIST / "t10k-images-idx3-ubyte.gz", max_images=3).classes == list("0123456789")
