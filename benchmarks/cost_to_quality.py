@@ -11,8 +11,8 @@ from dataclasses import asdict, replace
 
 import torch
 
-from measure import ROOT, classifier, command, device, machine, once, plot_distances, training_distance
-from recipe import QUICK, Recipe, bf16_trains_faster, distance, train
+from measure import ROOT, bf16_is_native, classifier, command, device, machine, once, plot_distances, training_distance
+from recipe import QUICK, Recipe, distance, train
 
 PLAIN_LOOKS = (1 / 60, 1 / 30, 1 / 12, 1 / 6, 1 / 3, 2 / 3, 1.0)
 
@@ -46,7 +46,7 @@ def main() -> None:
     for seed in range(3):
         classifier(seed)  # before both processes want them
     torch.set_num_threads(1)
-    recipe = replace(QUICK, bf16=bf16_trains_faster(QUICK.network))
+    recipe = replace(QUICK, bf16=bf16_is_native(device))
     with ProcessPoolExecutor(2 if device == "cpu" else 1, multiprocessing.get_context("spawn")) as pool:
         plain_rows = pool.submit(plain, args.plain, args.samples)
         our_rows = list(pool.map(ours, *zip(*((recipe, minutes, args.samples) for minutes in sorted(args.ours)))))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from measure import (ROOT, NoiseScheduler, U_net, command, device, distance_to_test, draw, gaussian_noise, machine, mnist, once,
                      random_stream, ready, training_distance, unclear)
 
-CHECKPOINTS = {"simple": ["model_DDPM.pth"], "larger": ["model_DDPM_large_guide.pth", "model_DDPM_large.pth"]}
+CHECKPOINTS = {"simple": ["model_DDPM.pth"], "larger": ["model_DDPM_large.pth"]}
 
 
 def git(*arguments: str) -> bytes:
@@ -58,27 +58,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=500)
     args = parser.parse_args()
-    torch.set_num_threads(1)
     curves, table = {}, []
     for network, names in CHECKPOINTS.items():
-        log = "log", "--reverse", "--diff-filter=AM", "--format=%h", "--"
-        versions = [(revision, name) for name in names for revision in git(*log, f"Save_model/{name}").decode().split()]
-        for revision, name in versions:
+        log = "log", "--reverse", "--diff-filter=AM", "--format=%h %cs", "--"
+        versions = [(*line.split(), name) for name in names
+                    for line in git(*log, f"Save_model/{name}").decode().splitlines()]
+        for revision, date, name in versions:
             key = (revision, name, args.samples, machine())
             row = once("history", key, lambda: measured(revision, name, args.samples))
             curves.setdefault(network, []).append(row)
             images, minutes, loss, distance, unclear_share = row
-            table.append(f"| {network} | `{revision}` | {images:,} | {minutes:.0f} | {loss:.4f} | {distance:.2f} | {unclear_share:.1%} |")
+            table.append(f"| {network} | {date} | `{revision}` | {images:,} | {minutes:.0f} | {loss:.4f} | "
+                         f"{distance:.2f} | {unclear_share:.1%} |")
             print(table[-1], flush=True)
     text = [f"`{command(args)}` on {machine()}:", "",
-            "Loss: the mean squared error on 2,000 test images. Distance: the Frechet distance to all of them of",
+            "Loss: the mean squared error on 2,000 test images. Distance: the Frechet distance to all 10,000 of them of",
             f"{args.samples:,} samples in 10 steps of dpm_solver without a guide, on features of a small classifier, the",
             f"median of three seeds; as many training images are at {training_distance(args.samples):.2f}, the median of up to ten",
-            "sets. Minutes are those of the machines that trained, which differed. The first of the larger network's is its guide.",
+            "sets. Minutes are those of the machines that trained, which differed.",
             "Unclear: the share of these samples to which three classifiers give no digit, on average, a probability of 0.9;",
             f"of the test images {unclear(mnist('t10k')):.1%}.", "",
-            "| network | commit | images seen | minutes | loss | Frechet distance | unclear |",
-            "|---|---|---|---|---|---|---|", *table]
+            "| network | date | commit | images seen | minutes | loss | Frechet distance | unclear |",
+            "|---|---|---|---|---|---|---|---|", *table]
     (ROOT / "benchmarks" / "history.md").write_text("\n".join(text) + "\n")
 
     _, axes = plt.subplots(1, 2, figsize=(9, 3.5))

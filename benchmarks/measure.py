@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
 
@@ -23,11 +23,13 @@ sys.path.insert(0, str(ROOT))
 
 from checkpoint import atomic_file, load_checkpoint, save_checkpoint  # noqa: E402
 from dataset_loader import image_grid, read_idx, to_image  # noqa: E402, F401
-from model import U_net, bf16_is_faster  # noqa: E402, F401
-from noise import NoiseScheduler, autoguided, gaussian_noise, image_generators, random_stream  # noqa: E402, F401
+from model import U_net  # noqa: E402
+from noise import (NoiseScheduler, autoguided, gaussian_noise, image_generators,  # noqa: E402, F401
+                   image_labels, random_stream)
+from training import PRECISIONS, autocast, bf16_is_native, choose_device  # noqa: E402, F401
 
 CACHE = ROOT / "benchmarks" / "cache"  # git-ignored: what takes long is made once
-device = "cuda" if torch.cuda.is_available() else "cpu"
+device = choose_device()
 
 
 def machine() -> str:
@@ -48,13 +50,14 @@ def checkpoint_arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, help="a checkpoint of train.ipynb on MNIST")
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the quicker one, by a measurement at the start")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto",
+                        help="auto: bf16 where the processor has it")
     return parser
 
 
 def ready(path: Path) -> U_net:
     """The network of a checkpoint, as generate_image.ipynb prepares it."""
-    return U_net.from_checkpoint(path, device).to(memory_format=torch.channels_last).eval()
+    return U_net.from_checkpoint(path, device).eval()
 
 
 def guide_path(path: Path) -> Path:
@@ -63,22 +66,22 @@ def guide_path(path: Path) -> Path:
 
 
 def guide_of(path: Path, guidance: float) -> U_net | None:
-    return ready(guide_path(path)) if guidance != 1 else None
+    """The guide beside a checkpoint, where the guidance needs one and it is there."""
+    return ready(guide_path(path)) if guidance != 1 and guide_path(path).exists() else None
 
 
 def load_model(args: argparse.Namespace) -> U_net:
-    """The network of args.model, ready to draw; args.precision is chosen where it is None.
+    """The network of args.model, ready to draw; args.precision is "bf16" or "fp32" afterwards.
 
     Raises ValueError where it does not draw images like those of MNIST.
     """
     model = ready(args.model)
     channels, size = model.network["in_channels"], model.metadata.get("image_size")
     if (channels, size) != (1, 28):
-        raise ValueError(f"{args.model}: draws {channels} channel(s) at image_size {size}; the benchmarks compare with MNIST, "
-                         "so train a network of 1 channel at 28")
-    with torch.no_grad():
-        x, t = torch.zeros(25, 1, 28, 28, device=device), torch.zeros(25, dtype=torch.long, device=device)
-        args.precision = args.precision or ("bf16" if bf16_is_faster(lambda: model(x, t), device) else "fp32")
+        raise ValueError(f"{args.model}: draws {channels} channel(s) at image_size {size}; the benchmarks "
+                         "compare with MNIST, so train a network of 1 channel at 28")
+    if args.precision == "auto":
+        args.precision = "bf16" if bf16_is_native(device) else "fp32"
     return model
 
 
@@ -135,8 +138,12 @@ def classifier(seed: int, epochs: int = 3) -> Classifier:
     return net.eval()
 
 
-def trained_classifier(epochs: int, name: str) -> Classifier:
-    net, images, labels = Classifier().to(device), mnist("train"), mnist("train", "labels-idx1").long()
+def trained_classifier(epochs: int, name: str, images: Tensor | None = None,
+                       labels: Tensor | None = None) -> Classifier:
+    """A classifier trained on uint8 images (N, 1, 28, 28) and labels (N,): by default MNIST's training set."""
+    net = Classifier().to(device)
+    if images is None:
+        images, labels = mnist("train"), mnist("train", "labels-idx1").long()
     steps = epochs * -(-len(images) // 128)
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
@@ -190,27 +197,49 @@ def training_distance(count: int) -> float:
     return median(map(distance_to_test, training_sets(count)))
 
 
+def mean_probabilities(images: Tensor) -> Tensor:
+    """How likely uint8 images (N, 1, 28, 28) are to show each digit, the mean of three classifiers: (N, 10)."""
+    return torch.stack([classifier(seed).probabilities(images) for seed in range(3)]).mean(dim=0)
+
+
 def unclear(images: Tensor) -> float:
-    """The share of uint8 images (N, 1, 28, 28) that are not clearly a digit: three classifiers give none, on average, 0.9."""
-    probabilities = torch.stack([classifier(seed).probabilities(images) for seed in range(3)]).mean(dim=0)
-    return (probabilities.amax(dim=1) < 0.9).float().mean().item()
+    """The share of images that are not clearly a digit: three classifiers give none, on average, 0.9."""
+    return (mean_probabilities(images).amax(dim=1) < 0.9).float().mean().item()
 
 
-def draw(model: U_net, images: range, seed: int, num_steps: int, sampler: str, batch_size: int = 250, bf16: bool = False,
-         guide: U_net | None = None, guidance: float = 1.0, denoise: Callable | None = None, **options) -> tuple[Tensor, float]:
-    """The images of one seed, uint8 (N, C, H, W), as generate_image.ipynb draws them, and the seconds that it took.
+def labels_of(model: U_net, images: range, seed: int) -> Tensor | None:
+    """The labels with which generate_image.ipynb draws these images: as frequent as in the training data."""
+    classes, counts = (model.metadata.get(name, []) for name in ("classes", "class_counts"))
+    return image_labels(None, seed, images, classes, counts, device)
 
-    denoise: takes the place of `NoiseScheduler.denoise`.
+
+def predictor(model: U_net, label: Tensor | None, guide: U_net | None, guidance: float) -> Callable:
+    """The network for these labels, with its guide: an early network, or (None) itself without label."""
+    predict = partial(model, label=label)
+    if guidance == 1:
+        return predict
+    return autoguided(predict, model if guide is None else partial(guide, label=label), guidance)
+
+
+def draw(model: U_net, images: range, seed: int, num_steps: int, sampler: str, batch_size: int = 250,
+         precision: str = "fp32", guide: U_net | None = None, guidance: float = 1.0,
+         denoise: Callable | None = None, **options) -> tuple[Tensor, float]:
+    """The images of one seed, uint8 (N, C, H, W), as generate_image.ipynb draws them, and the seconds
+    that it took.
+
+    denoise: takes the place of `NoiseScheduler.denoise`; options are its own, such as `spacing`.
     """
-    predict = model if guide is None else autoguided(model, guide, guidance)
     denoise = denoise or NoiseScheduler(**model.metadata["noise_schedule"], device=device).denoise
     size = model.metadata["image_size"]
     shape = (model.network["in_channels"], *([size] * 2 if isinstance(size, int) else size))
     drawn, start = [], time.perf_counter()
-    for first in tqdm(range(images.start, images.stop, batch_size), f"{sampler}, {num_steps} steps", leave=False):
-        generators = image_generators(seed, images[first - images.start:][:batch_size])
-        xt = gaussian_noise(torch.empty(len(generators), *shape, device=device), generators)
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+    name = f"{sampler}, {num_steps} steps"
+    for first in tqdm(range(images.start, images.stop, batch_size), name, leave=False):
+        batch = images[first - images.start:][:batch_size]
+        predict = predictor(model, labels_of(model, batch, seed), guide, guidance)
+        generators = image_generators(seed, batch)
+        xt = gaussian_noise(torch.empty(len(batch), *shape, device=device), generators)
+        with autocast(device, precision):
             for _, xt in denoise(predict, xt, num_steps, sampler, generators, **options):
                 pass
         drawn.append(to_image(xt).cpu())
@@ -219,7 +248,8 @@ def draw(model: U_net, images: range, seed: int, num_steps: int, sampler: str, b
 
 def fingerprint(*paths: Path) -> list[str]:
     """What tells these checkpoints and the code that draws from them from any other."""
-    return [hashlib.md5(file.read_bytes()).hexdigest() for file in (*paths, ROOT / "model.py", ROOT / "noise.py")]
+    return [hashlib.md5(file.read_bytes()).hexdigest() for file in (*paths, ROOT / "model.py", ROOT / "noise.py")
+            if file.exists()]
 
 
 def drawn_once(path: Path, model: U_net, images: range, seed: int, num_steps: int, sampler: str,

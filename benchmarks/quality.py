@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from measure import (ROOT, checkpoint_arguments, classifier, command, device, drawn_once, features, frechet_distance,
-                     image_grid, load_model, machine, mnist, training_sets, unclear)
+                     image_grid, labels_of, load_model, machine, mean_probabilities, mnist, trained_classifier,
+                     training_sets, unclear)
 
 
 class Scaled(nn.Module):
@@ -57,16 +58,39 @@ def nearest(images: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([f.values for f in found]).cpu(), torch.cat([f.indices for f in found]).cpu()
 
 
+def right_digits(images: Tensor, asked: Tensor) -> list[str]:
+    """How many images show the digit that was asked for, to three classifiers together: text, in lines."""
+    right = mean_probabilities(images).argmax(dim=1) == asked
+    each = ", ".join(f"{digit}: {right[asked == digit].float().mean():.1%}" for digit in range(10))
+    return [f"The digit that was asked for: {right.float().mean():.2%} of the samples ({each}).", ""]
+
+
+def two_sample_test(images: Tensor, real: Tensor, epochs: int = 3) -> float:
+    """The accuracy of a classifier that tells images from real ones, trained on half of each and asked about
+    the rest (Lopez-Paz and Oquab 2017). One half is perfect."""
+    count = min(len(images), len(real)) // 2
+    pixels = torch.cat([images[:2 * count], real[:2 * count]])
+    is_real = torch.arange(len(pixels)) >= 2 * count
+    held_out = torch.arange(len(pixels)) % (2 * count) >= count
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = trained_classifier(epochs, "drawn or real", pixels[~held_out], is_real[~held_out].long())
+    said = net.eval().probabilities(pixels[held_out]).argmax(dim=1)
+    return (said == is_real[held_out].long()).float().mean().item()
+
+
 def main() -> None:
     parser = checkpoint_arguments(__doc__)
     parser.add_argument("--sampler", default="dpm_solver")
     parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--guidance", type=float, default=1.75, help="1: without the guide beside the checkpoint")
+    parser.add_argument("--guidance", type=float, help="default: what the checkpoint proposes")
     args = parser.parse_args()
 
     model = load_model(args)
+    if args.guidance is None:
+        args.guidance = model.metadata.get("guidance", 1)
     drawn, seconds = drawn_once(args.model, model, range(args.samples), args.seed, args.steps, args.sampler,
-                                args.guidance, bf16=args.precision == "bf16")
+                                args.guidance, precision=args.precision)
     train, test = mnist("train"), mnist("t10k")
     sets = {"samples": drawn, "training images": train[:args.samples]}
 
@@ -89,6 +113,7 @@ def main() -> None:
               for measure, seeds in rows.items()]
 
     (to_train, neighbour), (test_to_train, _) = nearest(drawn, train), nearest(test, train)
+    asked = labels_of(model, range(args.samples), args.seed)
     counts = torch.bincount(extractor.probabilities(drawn).argmax(dim=1), minlength=10).tolist()
     text = [f"`{command(args)}` on {machine()}; {seconds:.0f} s of sampling.", "",
             f"{args.samples:,} samples against the 10,000 test images; beside them as many training images against the same.",
@@ -99,6 +124,10 @@ def main() -> None:
             f"{test_to_train.median():.3f}; ratio {to_train.median() / test_to_train.median():.3f}.", "",
             f"Not clearly a digit (three classifiers give none, on average, a probability of 0.9): {unclear(drawn):.1%} of the",
             f"samples, {unclear(test):.1%} of the test images.", "",
+            *([] if asked is None else right_digits(drawn, asked.cpu())),
+            f"Exactly black: {(drawn == 0).float().mean():.1%} of the samples' pixels, "
+            f"{(test == 0).float().mean():.1%} of the test images'. A classifier that learns to tell samples "
+            f"from test images is right on {two_sample_test(drawn, test):.1%} of others (50 % is perfect).", "",
             f"Digits 0 to 9 among the samples, as the classifier sees them: {', '.join(map(str, counts))}."]
     (ROOT / "benchmarks" / f"quality_{args.model.stem}.md").write_text("\n".join(text) + "\n")
     print("\n".join(text))

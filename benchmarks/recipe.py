@@ -9,6 +9,7 @@ import argparse
 import math
 import multiprocessing
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -16,12 +17,12 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.lr_scheduler import LambdaLR
 
-from measure import (ROOT, NoiseScheduler, U_net, bf16_is_faster, classifier, command, device, distance_to_test, draw, machine,
-                     mnist, once)
+from measure import (ROOT, NoiseScheduler, U_net, bf16_is_native, classifier, command, device, distance_to_test,
+                     draw, gaussian_noise, machine, mnist, once)
+from training import Run
 
 
 @dataclass(frozen=True)
@@ -53,76 +54,77 @@ class NoiseOfVelocity(nn.Module):
         self.velocity, self.alpha_bar = velocity, alpha_bar
         self.network, self.metadata = velocity.network, velocity.metadata
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, label: None = None) -> Tensor:
         alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
         return alpha_bar.sqrt() * self.velocity(x, t).float() + (1 - alpha_bar).sqrt() * x
 
 
+class Digits:
+    """MNIST's training images as `Run` takes them."""
+
+    def __init__(self):
+        self.pixels, self.labels = mnist("train"), None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+def loss_function(recipe: Recipe, model: U_net, scheduler: NoiseScheduler) -> Callable[..., Tensor]:
+    """The loss of a recipe: of the noise, as in train.ipynb, or of the velocity."""
+    snr = scheduler.alpha_bar / (1 - scheduler.alpha_bar)
+    weight = torch.ones_like(snr)
+    if recipe.min_snr:
+        weight = snr.clamp(max=recipe.min_snr) / (snr if recipe.target == "noise" else snr + 1)
+
+    def loss_of(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        prediction = model(scheduler.add_noise(x0, noise, t), t)
+        alpha_bar = scheduler.alpha_bar[t].view(-1, 1, 1, 1)
+        target = noise if recipe.target == "noise" else velocity(x0, noise, alpha_bar)
+        return (weight[t] * (prediction - target).square().mean(dim=(1, 2, 3))).mean()
+    return loss_of
+
+
 def train(recipe: Recipe, seconds: float, looks: tuple[float, ...] = (1.0,),
           seed: int = 0) -> Iterator[tuple[float, int, U_net, U_net]]:
-    """Trains on MNIST for so many seconds; at each of the given shares of them yields the seconds trained, the images
-    seen, the network and its average (the network itself, where the recipe has none). The time between a yield and the next
-    step is not counted. On a CPU, where this is for processes of one thread, the seconds are those of the process, which
-    others on the machine do not lengthen."""
+    """Trains on MNIST for so many seconds, by the step of train.ipynb.
+
+    At each of the given shares of them yields the seconds trained, the images seen, the network and its
+    average (equal to the network where the recipe has none). The time between a yield and the next step
+    is not counted. On a CPU, where this is for processes of one thread, the seconds are those of the
+    process, which others on the machine do not lengthen.
+    """
     torch.manual_seed(seed)
-    clock = time.perf_counter if device == "cuda" else time.process_time
+    clock = time.process_time if device == "cpu" else time.perf_counter
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     model = U_net(device, **recipe.network).to(memory_format=layout)
     model.metadata = {"image_size": 28, "noise_schedule": {"beta_end": recipe.beta_end}}
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-
-    def ema_update(averages, weights, num_updates):
-        decay = min(recipe.ema, (1 + num_updates.item()) / (10 + num_updates.item()))
-        for average, weight in zip(averages, weights):
-            average.lerp_(weight, 1 - decay)
-
-    ema = AveragedModel(model, multi_avg_fn=ema_update) if recipe.ema else None
     scheduler = NoiseScheduler(beta_end=recipe.beta_end, device=device)
-    pixels, alpha_bar = mnist("train").to(device), scheduler.alpha_bar
-    elapsed, seen, looks = 0.0, 0, [look * seconds for look in looks]
-    while looks:
-        start = clock()
+    loss_of, elapsed, looks = loss_function(recipe, model, scheduler), 0.0, [look * seconds for look in looks]
+
+    def factor(step):
         share = min(1.0, elapsed / seconds)
-        factor = min(1, 20 * share + 0.01) * (1 + math.cos(math.pi * share)) / 2 if recipe.decay == "cosine" else 1
-        optimizer.param_groups[0]["lr"] = recipe.learning_rate * factor
-        x0 = pixels[torch.randint(len(pixels), (recipe.batch_size,), device=device)].float() / 127.5 - 1
-        t = torch.rand(recipe.batch_size, device=device)
-        if recipe.stratified:
-            t = (torch.arange(recipe.batch_size, device=device) + t) / recipe.batch_size
-        t = (t * 1000).long().clamp(max=999)
-        noise, at = torch.randn_like(x0), alpha_bar[t].view(-1, 1, 1, 1)
-        target = noise if recipe.target == "noise" else velocity(x0, noise, at)
-        with torch.autocast(device, torch.bfloat16, enabled=recipe.bf16):
-            prediction = model(scheduler.add_noise(x0, noise, t), t)
-        loss = F.mse_loss(prediction.float(), target, reduction="none")
-        if recipe.min_snr:
-            snr = at / (1 - at)
-            loss = loss * snr.clamp(max=recipe.min_snr) / (snr if recipe.target == "noise" else snr + 1)
-        loss = loss.mean()
-        model.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-        optimizer.step()
-        if ema is not None:
-            ema.update_parameters(model)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        elapsed, seen = elapsed + clock() - start, seen + len(x0)
-        if elapsed >= looks[0]:
-            looks.pop(0)
-            yield elapsed, seen, model, model if ema is None else ema.module
+        warm_up = min(1, 20 * share + 0.01)
+        return warm_up * (1 + math.cos(math.pi * share)) / 2 if recipe.decay == "cosine" else 1
 
-
-def bf16_trains_faster(network: dict) -> bool:
-    """A measurement, that of train.ipynb."""
-    model, count = U_net(device, **network).to(memory_format=torch.channels_last), 4 if device == "cpu" else 64
-    x, t = torch.zeros(count, 1, 28, 28, device=device), torch.zeros(count, dtype=torch.long, device=device)
-
-    def gradients():
-        prediction = model(x, t)
-        return torch.autograd.grad(prediction.float().square().mean(), list(model.parameters()))[0]
-
-    return bf16_is_faster(gradients, device)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(model, Digits(), batch_size=recipe.batch_size, learning_rate=recipe.learning_rate,
+                  num_epochs=10**6, seed=seed, save_dir=folder, decay=recipe.ema,
+                  precision="bf16" if recipe.bf16 else "fp32")
+        run.lr_schedule = LambdaLR(run.optimizer, factor)
+        start = clock()
+        for x0, _ in run.batches():
+            t = torch.rand(len(x0), generator=run.rng, device=device)
+            if recipe.stratified:
+                t = (torch.arange(len(x0), device=device) + t) / len(x0)
+            t = (t * scheduler.num_timesteps).long().clamp(max=scheduler.num_timesteps - 1)
+            run.step(loss_of, x0, gaussian_noise(x0, run.rng), t)
+            elapsed, start = elapsed + clock() - start, clock()
+            if elapsed >= looks[0]:
+                looks.pop(0)
+                yield elapsed, run.images_seen, model, run.average
+                start = clock()
+            if not looks:
+                break
 
 
 def distance(recipe: Recipe, network: U_net, samples: int, bf16: bool, guide: U_net | None = None) -> float:
@@ -131,7 +133,8 @@ def distance(recipe: Recipe, network: U_net, samples: int, bf16: bool, guide: U_
     network.eval()
     alpha_bar = NoiseScheduler(beta_end=recipe.beta_end, device=device).alpha_bar
     model = network if recipe.target == "noise" else NoiseOfVelocity(network, alpha_bar)
-    drawn, _ = draw(model, range(samples), 0, 10, "dpm_solver", bf16=bf16, guide=guide, guidance=1.5)
+    drawn, _ = draw(model, range(samples), 0, 10, "dpm_solver", precision="bf16" if bf16 else "fp32",
+                    guide=guide, guidance=1.0 if guide is None else 1.5)
     network.train()
     return distance_to_test(drawn)
 
@@ -217,7 +220,7 @@ def up(submit: Callable[..., Future], seeds: int) -> list[str]:
 
 def with_seeds(ours: Recipe, changes: dict[str, dict], submit: Callable[..., Future], seeds: int) -> list[str]:
     """The text and table of changes to the recipe of train.ipynb, each with several seeds, in lines."""
-    ours = replace(ours, bf16=bf16_trains_faster(ours.network))
+    ours = replace(ours, bf16=bf16_is_native(device))
     futures = {name: [submit(changed(ours, **change), seed) for seed in range(seeds)] for name, change in changes.items()}
     rows = []
 
@@ -251,7 +254,7 @@ def main() -> None:
     for seed in range(3):
         classifier(seed)  # before the processes want them all at once
     torch.set_num_threads(1)
-    bf16 = bf16_trains_faster({})
+    bf16 = bf16_is_native(device)
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
         def submit(recipe: Recipe, seed: int = 0) -> Future:
             return pool.submit(result, recipe, args.minutes, args.samples, bf16, seed)

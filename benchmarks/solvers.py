@@ -77,7 +77,7 @@ def main() -> None:
         for name, (denoise, options) in SOLVERS.items():
             key = (name, steps, args.samples, args.seed, args.precision, fingerprint(args.model)[0], machine())
             rows[name] += once("solvers", key, lambda: [distance_to_test(draw(
-                model, range(args.samples), args.seed, steps, "dpm_solver", bf16=args.precision == "bf16", denoise=denoise,
+                model, range(args.samples), args.seed, steps, "dpm_solver", precision=args.precision, denoise=denoise,
                 **options)[0])])
             print(name, steps, rows[name][-1], flush=True)
     text = [f"`{command(args)}` on {machine()}:", "",

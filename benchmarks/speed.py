@@ -13,8 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-import nbconvert
-import papermill
 import torch
 import torch.nn.functional as F
 from denoising_diffusion_pytorch import Unet
@@ -28,7 +26,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from measure import (ROOT, NoiseScheduler, U_net, command, device, gaussian_noise, image_generators, load_checkpoint, machine,
                      mnist, once)
-from recipe import bf16_trains_faster
+from training import bf16_is_native
 
 PLAIN = dict(cached=False, channels_last=False, bf16=False, fused=False, compiled=False)
 LADDER = {"plain loop": {}, "+ pixels decoded once": dict(cached=True), "+ channels_last": dict(channels_last=True),
@@ -203,16 +201,15 @@ def peers_table(pixels, batch_size: int, repetitions: int, bf16: bool) -> list[s
 
 
 def notebook_rate(processes: int, threads: int, images: int, batch_size: int) -> float:
-    """Images a second of train.ipynb itself, on so many processes of so many threads, started as the README says."""
+    """Images a second of train.ipynb itself, on so many processes of so many threads, all included but the
+    last preview."""
     with tempfile.TemporaryDirectory() as folder:
-        notebook, script = Path(folder, "train.ipynb"), Path(folder, "train.py")
-        papermill.execute_notebook(ROOT / "train.ipynb", notebook, prepare_only=True, progress_bar=False, parameters={
-            "max_images": images, "num_epochs": 1, "batch_size": batch_size, "save_dir": folder})
-        script.write_text(nbconvert.PythonExporter().from_filename(notebook)[0])
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads),
-                                    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", script],
-                       cwd=ROOT, env=environment, check=True, capture_output=True)
+        parameters = {"max_images": images, "num_epochs": 1, "batch_size": batch_size, "save_dir": folder,
+                      "labels": False}
+        words = [word for name, value in parameters.items() for word in (f"--{name}", str(value))]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        subprocess.run([sys.executable, *launcher, "run_notebook.py", "train.ipynb", *words], cwd=ROOT,
+                       env=os.environ | {"OMP_NUM_THREADS": str(threads)}, check=True, capture_output=True)
         return images / load_checkpoint(Path(folder, "state.pth"))["seconds"]
 
 
@@ -229,7 +226,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=9)
     args = parser.parse_args()
-    pixels, bf16 = mnist("train"), bf16_trains_faster({})
+    pixels, bf16 = mnist("train"), bf16_is_native(device)
     ours = PLAIN | dict(cached=True, channels_last=True, bf16=bf16, fused=True)
 
     tables = [*training_table(pixels, args.batch_size, args.repetitions, bf16), "", *sampling_table(args.repetitions), "",

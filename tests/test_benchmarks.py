@@ -3,14 +3,18 @@
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from measure import Classifier, NoiseScheduler, frechet_distance, unclear  # noqa: E402
-from quality import kernel_distance, manifold_measures, nearest  # noqa: E402
-from recipe import NoiseOfVelocity, velocity  # noqa: E402
+from measure import Classifier, NoiseScheduler, U_net, frechet_distance, unclear  # noqa: E402
+from quality import (kernel_distance, manifold_measures, nearest, right_digits,  # noqa: E402
+                     two_sample_test)
+from recipe import (TRAIN_IPYNB, NoiseOfVelocity, Recipe, loss_function, train,  # noqa: E402
+                    velocity)
+from run_notebook import run_cell  # noqa: E402
 
 
 class TwoFeatures(torch.nn.Module):
@@ -96,3 +100,39 @@ def test_probabilities_of_the_ten_digits_sum_to_one():
     probabilities = Classifier().probabilities(images)
     assert probabilities.shape == (3, 10) and (probabilities > 0).all()
     assert probabilities.sum(dim=1) == pytest.approx(torch.ones(3), abs=1e-6)
+
+
+def test_a_two_sample_test_tells_black_from_white_and_nothing_from_itself():
+    real = torch.randint(256, (400, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    other = torch.randint(256, (400, 1, 28, 28), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    assert two_sample_test(real // 2, 128 + other // 2, epochs=8) == pytest.approx(1, abs=0.02)
+    assert two_sample_test(real, other, epochs=2) == pytest.approx(0.5, abs=4 * (0.25 / 400)**0.5)
+
+
+def test_the_right_digits_are_counted_by_what_was_asked_for(monkeypatch):
+    said = torch.arange(20) % 10
+    monkeypatch.setattr("quality.mean_probabilities", lambda _: torch.nn.functional.one_hot(said, 10).float())
+    asked = said.clone()
+    asked[3] = 4  # one of the two threes was asked to be a four
+    (line, _) = right_digits(torch.zeros(20, 1, 28, 28), asked)
+    assert "95.00%" in line and "3: 100.0%" in line and "4: 66.7%" in line
+
+
+def test_the_recipe_of_the_notebook_has_its_loss():
+    """Of the same network and noise, train.ipynb's loss and that of the benchmark's recipe."""
+    notebook = nbformat.read(Path(__file__).parents[1] / "train.ipynb", 4)
+    model, scheduler = U_net(t_dim=8, widths=(8,)), NoiseScheduler()
+    names = {"model": model, "scheduler": scheduler, "alpha_bar": scheduler.alpha_bar}
+    (source,) = (cell.source for cell in notebook.cells if "def loss_of" in cell.source)
+    run_cell(source, "<loss>", names)
+    x0, noise = torch.randn(2, 4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0, 50, 400, 999])
+    ours = loss_function(TRAIN_IPYNB, model, scheduler)(x0, noise, t)
+    torch.testing.assert_close(names["loss_of"](x0, noise, t, None), ours)
+
+
+def test_training_for_a_time_looks_when_asked():
+    recipe = Recipe(network={"widths": (8,)}, batch_size=4, ema=0.9)
+    looks = [(seconds, seen) for seconds, seen, *_ in train(recipe, 0.5, looks=(0.5, 1.0))]
+    assert [seconds >= least for (seconds, _), least in zip(looks, (0.25, 0.5))] == [True, True]
+    assert 0 < looks[0][1] < looks[1][1]
