@@ -6,6 +6,7 @@ import os
 import zlib
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image, ImageColor
@@ -26,6 +27,20 @@ def image_grid(x: Tensor, columns: int, scale: int = 2) -> Image.Image:
     """One picture of a batch: x (B, C, H, W) in [-1, 1], row by row, each pixel drawn as scale x scale pixels."""
     grid = transforms.to_pil_image(make_grid(to_image(x.cpu()), nrow=columns, pad_value=128))
     return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
+
+
+def show_table(rows: list[list[Tensor]], row_names: list[str], column_names: list[str]) -> None:
+    """Shows a table of pictures: each entry is a batch (B, C, H, W) in [-1, 1], drawn as a square."""
+    _, axes = plt.subplots(len(rows), len(column_names), squeeze=False,
+                           figsize=(9, 9 * len(rows) / len(column_names)))
+    for row, batches, name in zip(axes, rows, row_names):
+        row[0].set_ylabel(name)
+        for axis, batch in zip(row, batches):
+            axis.imshow(image_grid(batch, columns=math.ceil(len(batch)**0.5)))
+            axis.set(xticks=[], yticks=[])
+    for axis, name in zip(axes[0], column_names):
+        axis.set_title(name, fontsize=9)
+    plt.show()
 
 
 # An IDX file

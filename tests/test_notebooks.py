@@ -27,7 +27,7 @@ PARAMETERS = {
     "train.ipynb": "data_path image_size in_channels labels num_timesteps t_dim network initial_weights "
                    "batch_size micro_batch_size learning_rate num_epochs max_images precision seed "
                    "save_dir resume",
-    "generate_image.ipynb": "model_path num_images label seed output_dir sampler num_steps spacing "
+    "generate_image.ipynb": "model_path num_images label seed output_dir sampler num_steps "
                             "guidance precision"}
 SMALL = {"data_path": MNIST, "network": {"widths": [16, 32]}, "t_dim": 32, "max_images": 256,
          "num_epochs": 2, "num_timesteps": 100, "batch_size": 64, "precision": "fp32"}
@@ -149,12 +149,12 @@ def test_guidance_is_what_the_checkpoint_proposes_and_grows(trained, tmp_path, c
     alone = pixels(out)
     moved = [abs(pixels(generate(tmp_path, guidance=w)[0]) - alone).mean() for w in (1.1, 1.3)]
     assert 0 < moved[0] < moved[1]
-    assert "guidance 1.3 by the network without label" in capsys.readouterr().out
+    assert "guidance 1.3 by the network itself" in capsys.readouterr().out
 
 
 def test_guidance_without_a_guide_is_refused(tmp_path):
     train(tmp_path, labels=False, num_epochs=1)
-    with pytest.raises(ValueError, match="guidance 1.5: there is no .*model_guide.pth; set guidance = 1"):
+    with pytest.raises(ValueError, match="guidance 1.5: no .*model_guide.pth; set guidance = 1"):
         generate(tmp_path, guidance=1.5)
 
 
