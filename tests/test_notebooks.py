@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -240,3 +241,20 @@ def test_a_run_writes_beside_the_shipped_checkpoint_where_git_ignores_it():
     (save_dir,) = re.findall(r'^save_dir = "(.*)"', "\n".join(cell.source for cell in notebook.cells), re.M)
     ignored = subprocess.run(["git", "check-ignore", "-q", f"{save_dir}/model.pth"], cwd=ROOT)
     assert ignored.returncode == 0
+
+
+@pytest.mark.parametrize("page", ["README.md", "Save_model/README.md", *sorted(
+    str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))])
+def test_every_command_of_a_page_names_files_and_parameters_that_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    for block in re.findall(r"```sh\n(.*?)```", text, re.S):
+        for line in block.splitlines():
+            words = shlex.split(line)
+            for word in words:
+                if word.endswith((".py", ".ipynb", "requirements.txt")):
+                    assert (ROOT / word).exists(), line
+            if "run_notebook.py" in words:
+                notebook, *parameters = words[words.index("run_notebook.py") + 1:]
+                assert set(run_notebook.read_parameters(parameters)) <= set(PARAMETERS[notebook].split())
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (ROOT / page).parent.joinpath(link).exists(), link
