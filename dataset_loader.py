@@ -98,7 +98,8 @@ def read_idx_images(path: Path, settings: PixelSettings, max_images: int | None)
 class ImageDataset(Dataset):
     """Images as float tensors in [-1, 1].
 
-    path: a folder, searched recursively for .png, .jpg and .jpeg in any letter case, sorted by path; or one IDX file of
+    path: a folder, searched recursively for images (PNG, JPEG, WebP, BMP, TIFF, and the first frame of a GIF), by
+        their extensions in any letter case, sorted by path, without what begins with a dot; or one IDX file of
         images, gzipped or not, with its labels beside it.
     image_size: height and width in pixels, one number for both or a pair, each at least 8.
     channels: 1 for grey, 3 for colour; images of the other kind are converted.

@@ -23,12 +23,16 @@ from tqdm.auto import tqdm
 
 from checkpoint import atomic_file, remove_leftovers
 
-EXTENSIONS = (".png", ".jpg", ".jpeg")
-FORMATS = ("PNG", "JPEG")  # all that Pillow may open, whatever a file calls itself
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+NOT_READ = (".apng", ".dng", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".pbm", ".pcx", ".pgm", ".ppm", ".psd",
+            ".raw", ".svg", ".tga")  # images all the same: they are counted among those left out
+Image.init()
+FORMATS = tuple(name for name in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+                if name in Image.OPEN)  # all that Pillow may open, whatever a file calls itself
 MODES = {1: "L", 3: "RGB"}  # Pillow's names for grey and colour
 FIT_METHODS = ("crop", "pad", "squash")
 CACHE = ".pixels"  # the folder, inside a folder of images, that keeps what was decoded
-VERSION = 1  # of what is kept: another one whenever the same files would give other pixels or another report
+VERSION = 2  # of what is kept: another one whenever the same files would give other pixels or another report
 UNREADABLE = "cannot be read"  # the fault of the disk or of rights, not of the image
 
 
@@ -95,16 +99,23 @@ class FolderReport:
             return named + ", ..." * (len(counts) > 3)
         return "\n".join([
             f"{self.kept} of {self.found} images kept, {self.duplicates} of them duplicates",
-            *[f"{len(names)} left out, {reason}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
+            *[f"{len(names)} left out, {reason}: {', '.join(map(printable, names[:3]))}{', ...' * (len(names) > 3)}"
               for reason, names in self.skipped.items()],
             f"sizes: {most(self.sizes)}; modes: {most(self.modes)}",
             f"proposed: channels={self.channels}, image_size={self.image_size}"])
 
 
+def printable(name: str) -> str:
+    """A file's name to print anywhere: what cannot be printed is escaped, and the end of a long one left out."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
 def image_files(folder: Path) -> list[str]:
     """The names, from `folder` on and sorted, of all files in it and below with the extension of an image.
 
-    Links are followed, but into no folder twice. Raises OSError where a folder cannot be read.
+    Links are followed, but into no folder twice; what begins with a dot is left out. Raises OSError where
+    a folder cannot be read.
     """
     def stop(error):
         raise error
@@ -115,9 +126,10 @@ def image_files(folder: Path) -> list[str]:
             folders.clear()
             continue
         visited.add(os.path.realpath(root))
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         within = os.path.relpath(root, folder)
-        files += [os.path.normpath(os.path.join(within, name)) for name in names if name.lower().endswith(EXTENSIONS)]
+        files += [os.path.normpath(os.path.join(within, name)) for name in names
+                  if name.lower().endswith(EXTENSIONS + NOT_READ) and not name.startswith(".")]
     return sorted(files)
 
 
@@ -144,6 +156,8 @@ def flatten(image: Image.Image, background: str) -> Image.Image:
 def decode(name: str, folder: Path, settings: PixelSettings) -> tuple[np.ndarray | None, FileRecord]:
     """The pixels of one file, uint8 (C, H, W), or None, and what it turned out to be."""
     file = folder / name
+    if name.lower().endswith(NOT_READ):
+        return None, FileRecord(name, "of a format that is not read")
     try:
         with Image.open(file, formats=FORMATS) as image:
             size, mode = image.size, image.mode
@@ -155,7 +169,7 @@ def decode(name: str, folder: Path, settings: PixelSettings) -> tuple[np.ndarray
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         return None, FileRecord(name, f"more than {Image.MAX_IMAGE_PIXELS} pixels")
     except UnidentifiedImageError:
-        return None, FileRecord(name, "neither PNG nor JPEG")
+        return None, FileRecord(name, "no image of a format that is read")
     except OSError as error:
         return None, FileRecord(name, f"{UNREADABLE}: {error.strerror}" if error.errno else "damaged")
     except MemoryError:
@@ -201,7 +215,7 @@ def decode_folder(folder: Path, names: list[str], settings: PixelSettings, max_i
         found = decode_all(folder, names, settings, max_images, out)
         report = FolderReport.of(found)
         if report.kept < min(2, max_images or 2):
-            raise ValueError(f"{folder}: {report.kept} usable .png, .jpg or .jpeg, at least 2 are needed\n{report}")
+            raise ValueError(f"{folder}: {report.kept} usable images, at least 2 are needed\n{report}")
         out.flush()
         pixels = np.memmap(out, np.uint8, "c").reshape(-1, settings.channels, settings.height, settings.width)
     labels, classes = class_labels([file.name for file in found if not file.reason for _ in range(1 + settings.flip)])
@@ -229,7 +243,7 @@ def read_folder(folder: Path, settings: PixelSettings, max_images: int | None, c
     if not names:
         idx = sorted(path.name for path in folder.glob("*-ubyte*"))
         pass_it = f"; for MNIST's own format pass the file itself, such as {folder / idx[0]}" if idx else ""
-        raise FileNotFoundError(f"no .png, .jpg or .jpeg under {folder}{pass_it}")
+        raise FileNotFoundError(f"no images under {folder}: no file ends in {', '.join(EXTENSIONS)}{pass_it}")
     stamps = [(name, file_stamp(os.path.join(folder, name))) for name in names]
     of_settings, of_files = (hashlib.blake2b(json.dumps(part).encode(), digest_size=12).hexdigest()
                              for part in ((VERSION, settings, max_images), stamps))

@@ -289,7 +289,14 @@ class Run:
         mine = slice(self.rank * share, (self.rank + 1) * share)
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))  # forgets the random start quickly
         self._average_weight.fill_(1 - decay)
-        self._pending.append(self._step(*(x if x is None else x[mine] for x in batch)))
+        try:
+            self._pending.append(self._step(*(x if x is None else x[mine] for x in batch)))
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            at_once = min(self.micro_batch_size, share)
+            raise MemoryError(f"{at_once} images at once do not fit in the memory of {self.device}; set "
+                              f"micro_batch_size below {at_once}, which computes the same") from error
         self.lr_schedule.step()
         self.steps += 1
 

@@ -71,7 +71,7 @@ def two_sample_test(images: Tensor, real: Tensor, epochs: int = 3) -> float:
     count = min(len(images), len(real)) // 2
     pixels = torch.cat([images[:2 * count], real[:2 * count]])
     is_real = torch.arange(len(pixels)) >= 2 * count
-    held_out = torch.arange(len(pixels)) % (2 * count) >= count
+    held_out = torch.arange(len(pixels)) % 2 == 1  # MNIST's first 5,000 test images are easier than the rest
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = trained_classifier(epochs, "drawn or real", pixels[~held_out], is_real[~held_out].long())

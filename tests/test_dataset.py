@@ -151,10 +151,10 @@ def test_the_report_says_what_is_there(tmp_path, capsys):
     report = ImageDataset(tmp_path).report
     assert (report.found, report.kept, report.duplicates) == (4, 3, 1)
     assert report.sizes == {"50 x 41": 2, "48 x 48": 1} and report.modes == {"RGB": 2, "L": 1}
-    assert report.skipped == {"neither PNG nor JPEG": ["d.png"]}
+    assert report.skipped == {"no image of a format that is read": ["d.png"]}
     assert (report.channels, report.image_size) == (3, 40)
     printed = capsys.readouterr().out
-    assert "3 of 4 images kept, 1 of them duplicates" in printed and "1 left out, neither PNG nor JPEG: d.png" in printed
+    assert "3 of 4 images kept, 1 of them duplicates" in printed and "1 left out, no image of a format that is read: d.png" in printed
     assert "proposed: channels=3, image_size=40" in printed
 
 
@@ -272,11 +272,11 @@ def test_corrupt_files_are_named_and_no_good_one_is_lost(tmp_path):
     whole = (tmp_path / "1.png").read_bytes()
     (tmp_path / "1.png").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "2.png").write_text("hello")
-    Image.new("L", (10, 10)).save(tmp_path / "3.png", format="GIF")  # a format that Pillow knows and nobody asked for
+    Image.new("L", (10, 10)).save(tmp_path / "3.png", format="PPM")  # a format that Pillow knows and nobody asked for
     (tmp_path / "5.png").symlink_to(tmp_path / "gone.png")
     data = ImageDataset(tmp_path, channels=3)
     assert first_pixels(data) == [0, 4]
-    assert data.report.skipped["neither PNG nor JPEG"] == ["2.png", "3.png"]
+    assert data.report.skipped["no image of a format that is read"] == ["2.png", "3.png"]
     assert sorted(name for names in data.report.skipped.values() for name in names) == ["1.png", "2.png", "3.png", "5.png"]
 
 
@@ -302,12 +302,12 @@ def test_links_are_followed_and_loops_end(tmp_path):
 
 
 def test_nothing_to_read_is_an_error_that_names_the_place(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"no .png, .jpg or .jpeg under {re.escape(str(tmp_path))}"):
+    with pytest.raises(FileNotFoundError, match=f"no images under {re.escape(str(tmp_path))}: no file ends in .png, .jpg"):
         ImageDataset(tmp_path)
     with pytest.raises(FileNotFoundError, match="missing: no such folder or file"):
         ImageDataset(tmp_path / "missing")
     write_image(tmp_path / "a.png", 0)
-    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}: 1 usable .png, .jpg or .jpeg, at least 2"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}: 1 usable images, at least 2"):
         ImageDataset(tmp_path)
 
 
@@ -442,3 +442,35 @@ def test_a_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
 
 def test_the_labels_of_an_idx_file_are_named_by_their_numbers():
     assert ImageDataset(MNIST / "t10k-images-idx3-ubyte.gz", max_images=3).classes == list("0123456789")
+
+
+@pytest.mark.parametrize("name, options", [("a.webp", {"lossless": True}), ("a.bmp", {}), ("a.TIF", {}), ("a.tiff", {}),
+                                           ("a.gif", {}), ("a.jfif", {"quality": 100}), ("a.jpe", {"quality": 100})])
+def test_other_formats_are_read(tmp_path, name, options):
+    Image.new("L", (8, 8), 200).save(tmp_path / name, format={".jfif": "JPEG", ".jpe": "JPEG"}.get(
+        Path(name).suffix), **options)
+    write_image(tmp_path / "b.png", 7, mode="L")
+    assert first_pixels(ImageDataset(tmp_path, image_size=8)) == [200, 7]
+
+
+def test_images_of_formats_that_are_not_read_are_counted_and_hidden_ones_skipped(tmp_path, capsys):
+    for name in ("a.png", "b.png", ".trash/c.png", ".d.png"):
+        write_image(tmp_path / name, 7, mode="L")
+    (tmp_path / "e.heic").write_bytes(b"no matter")
+    data = ImageDataset(tmp_path, image_size=8)
+    assert len(data) == 2 and data.report.skipped == {"of a format that is not read": ["e.heic"]}
+    with pytest.raises(ValueError, match="strict"):
+        ImageDataset(tmp_path, image_size=8, strict=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="such names are of Linux")
+def test_names_that_cannot_be_printed_are_shown_escaped(tmp_path, capsys):
+    write_image(tmp_path / "a.png", 7, mode="L")
+    write_image(tmp_path / "b.png", 7, mode="L")
+    for name in (b"\xff.png", b"new\nline.png", b"l" * 200 + b".png"):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(b"no image")
+    ImageDataset(tmp_path, image_size=8)
+    printed = capsys.readouterr().out
+    printed.encode("utf-8")  # fails on a lone half of a pair
+    assert r"new\nline.png" in printed and r"\udcff.png" in printed and "l" * 70 not in printed

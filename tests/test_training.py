@@ -173,6 +173,23 @@ def test_a_loss_that_grows_out_of_bounds_ends_the_run_and_keeps_the_last_good_fi
     assert run_in(tmp_path, resume=True, num_epochs=400).steps == 10
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")])
+def test_a_full_memory_says_what_to_lower(tmp_path, error):
+    run = run_in(tmp_path, micro_batch_size=4)
+
+    def too_large(*_):
+        raise error
+    with pytest.raises(MemoryError, match="4 images at once .* cpu; set micro_batch_size below 4"):
+        run.step(too_large, torch.zeros(8, 1, 8, 8))
+    error_of_ours = RuntimeError("shapes differ")
+
+    def wrong(*_):
+        raise error_of_ours
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run.step(wrong, torch.zeros(8, 1, 8, 8))
+
+
 # Stop and go on
 
 def test_a_run_that_was_stopped_and_resumed_is_the_one_that_never_stopped(tmp_path, capsys):
