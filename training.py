@@ -329,10 +329,11 @@ class Run:
         """The step for this loss: over processes, compiled or recorded, where that is to be had."""
         if self.device == "cuda":
             pixels = (self.total_steps - self.steps) * self.batch_size * self._pixels[0].numel()
-            if pixels >= COMPILE_PAYS:
+            compiles = pixels >= COMPILE_PAYS
+            if compiles:
                 loss_of = torch.compile(loss_of, dynamic=False)
-            print(f"{pixels:.1e} pixels to come: the loss is {'' if pixels >= COMPILE_PAYS else 'not '}"
-                  f"compiled, which pays from {COMPILE_PAYS:.0e} on")
+            print(f"the loss is {'compiled first' if compiles else 'not compiled'}: {pixels:.1e} pixels are to "
+                  f"come, and compiling takes less time than it saves from {COMPILE_PAYS:.0e}")
         self._over_processes = None
         if self.world > 1:
             loss_of = self._over_processes = DistributedDataParallel(LossModule(self.model, loss_of))
