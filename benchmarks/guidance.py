@@ -1,33 +1,70 @@
-"""What guidance buys and costs, beside the number of steps: guidance_SAMPLES.md.
+"""What guidance, the spacing of the timesteps and their number buy, each with each.
 
-    python benchmarks/guidance.py Save_model/model_DDPM_large.pth
+    python benchmarks/guidance.py Save_model/model_DDPM_large.pth --seed 0 1 2
+
+Writes benchmarks/guidance_MODEL_SAMPLES.md.
 """
 
-from measure import (ROOT, checkpoint_arguments, command, distance_to_test, drawn_once, load_model, machine, mnist,
-                     training_distance, unclear)
+import argparse
+from itertools import product
+
+from common import header, mean_and_each, row, write_page
+from measure import (GUIDES, about_distance, about_unclear, checkpoint_arguments,
+                     distances_to_test, drawn_once, guide_path, load_model,
+                     mean_probabilities, relative_distance, right_digits, unclear)
+
+from model import U_net
+
+
+def arguments() -> argparse.Namespace:
+    parser = checkpoint_arguments(__doc__, samples=1000, several_seeds=True)
+    parser.add_argument("--guide", choices=GUIDES, nargs="+",
+                        help="default: early where the checkpoint keeps one")
+    parser.add_argument("--guidance", type=float, nargs="+",
+                        default=[1.0, 1.25, 1.5, 2.0])
+    parser.add_argument("--spacing", type=float, nargs="+", default=[1.0, 1.5])
+    parser.add_argument("--steps", type=int, nargs="+", default=[10, 15])
+    args = parser.parse_args()
+    args.guide = args.guide or [GUIDES[not guide_path(args.model).exists()]]
+    return args
+
+
+def measured(args: argparse.Namespace, model: U_net, seed: int, steps: int, **how,
+             ) -> tuple[float, ...]:
+    """R, the share of unclear digits and, where there are labels, of right ones."""
+    drawn = drawn_once(args.model, model, range(args.samples), seed, steps,
+                       precision=args.precision, **how)
+    probabilities = mean_probabilities(drawn.pixels)
+    distance = relative_distance(distances_to_test(drawn.pixels), args.samples)
+    found = distance, unclear(probabilities)
+    if drawn.labels is None:
+        return found
+    return *found, right_digits(probabilities, drawn.labels).float().mean().item()
 
 
 def main() -> None:
-    parser = checkpoint_arguments(__doc__)
-    parser.set_defaults(samples=1000)
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.25, 1.5, 2.0])
-    parser.add_argument("--steps", type=int, nargs="+", default=[10, 15])
-    args = parser.parse_args()
+    args = arguments()
     model = load_model(args)
-    table = ["| guidance | steps | evaluations | Frechet distance | unclear |", "|---|---|---|---|---|"]
-    for guidance in args.guidance:
-        for steps in args.steps:
-            pixels, _ = drawn_once(args.model, model, range(args.samples), args.seed, steps, "dpm_solver", guidance,
-                                   precision=args.precision)
-            evaluations = steps * (1 + (guidance != 1))
-            table.append(f"| {guidance:g} | {steps} | {evaluations} | {distance_to_test(pixels):.2f} | {unclear(pixels):.1%} |")
-            print(table[-1], flush=True)
-    text = [f"`{command(args)}` on {machine()}:", "",
-            f"The Frechet distance of {args.samples:,} samples of dpm_solver to the 10,000 test images, on features of a small",
-            f"classifier, the median of three seeds; as many training images are at {training_distance(args.samples):.2f}, the",
-            "median of up to ten sets. Unclear: the share of these samples to which three classifiers give no digit, on average,",
-            f"a probability of 0.9; of the test images {unclear(mnist('t10k')):.1%}.", "", *table]
-    (ROOT / "benchmarks" / f"guidance_{args.samples}.md").write_text("\n".join(text) + "\n")
+    names = ["guide", "guidance", "spacing", "steps", "evaluations", "R", "unclear"]
+    names += ["right digit"] * bool(model.network["num_classes"])
+    table = header(*names)
+    grid = product(args.guide, args.guidance, args.spacing, args.steps)
+    for guide, guidance, spacing, steps in grid:
+        alone = guidance == 1
+        if alone and guide != args.guide[0]:  # without a guide it is the same again
+            continue
+        found = zip(*(measured(args, model, seed, steps, guide=guide, guidance=guidance,
+                               spacing=spacing) for seed in args.seed))
+        table.append(row("none" if alone else guide, f"{guidance:g}", f"{spacing:g}",
+                         steps, steps * (2 - alone),
+                         *map(mean_and_each, found, (".3f", ".1%", ".1%"))))
+        print(table[-1], flush=True)
+    explained = ["R: the Frechet distance of the samples, divided by that of the",
+                 "training images. Right digit: the share that shows the digit asked",
+                 "for. Where there are several seeds: the mean, and each."]
+    write_page(f"guidance_{args.model.stem}_{args.samples}", args,
+               [*about_distance(args.samples, "of dpm_solver"), *about_unclear(),
+                *explained, "", *table], ":")
 
 
 if __name__ == "__main__":

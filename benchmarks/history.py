@@ -1,26 +1,33 @@
-"""What training brought: the MNIST checkpoints as this repository has held them over time: history.md, Assets/history.png.
+"""What training brought: the MNIST checkpoints that this repository has held over time.
 
     python benchmarks/history.py
+
+Needs the whole git history. Writes benchmarks/history.md and Assets/history.png.
 """
 
-import argparse
 import subprocess
 import tempfile
 from pathlib import Path
-from statistics import fmean
 
 import matplotlib.pyplot as plt
-import torch
-import torch.nn.functional as F
 
-from measure import (ROOT, NoiseScheduler, U_net, command, device, distance_to_test, draw, gaussian_noise, machine, mnist, once,
-                     random_stream, ready, training_distance, unclear)
+from common import ROOT, header, machine, once, parser_of, row, write_page
+from measure import (about_distance, about_unclear, distance_to_test, draw,
+                     loss_on_test_images, mean_probabilities, ready, unclear)
 
-CHECKPOINTS = {"simple": ["model_DDPM.pth"], "larger": ["model_DDPM_large.pth"]}
+CHECKPOINTS = {"simple": "model_DDPM.pth", "larger": "model_DDPM_large.pth"}
 
 
 def git(*arguments: str) -> bytes:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, check=True).stdout
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True,
+                          check=True).stdout
+
+
+def versions(name: str) -> list[tuple[str, str]]:
+    """The commits that changed a file of Save_model, oldest first, with their dates."""
+    log = git("log", "--reverse", "--diff-filter=AM", "--format=%h %cs", "--",
+              f"Save_model/{name}")
+    return [tuple(line.split()) for line in log.decode().splitlines()]
 
 
 def total(training: dict, what: str) -> int:
@@ -29,67 +36,59 @@ def total(training: dict, what: str) -> int:
     return training[what] + (total(earlier, what) if earlier else 0)
 
 
-@torch.no_grad()
-def test_loss(model: U_net) -> float:
-    """Mean squared error of the predicted noise on the first 2,000 test images, each at a timestep of its own."""
-    scheduler, rng = NoiseScheduler(**model.metadata["noise_schedule"], device=device), random_stream(0, device=device)
-    losses = []
-    for pixels in mnist("t10k")[:2000].split(250):
-        x0 = pixels.to(device).float() / 127.5 - 1
-        t = torch.randint(scheduler.num_timesteps, (len(x0),), generator=rng, device=device)
-        noise = gaussian_noise(x0, rng)
-        losses.append(F.mse_loss(model(scheduler.add_noise(x0, noise, t), t), noise).item())
-    return fmean(losses)
-
-
 def measured(revision: str, name: str, samples: int) -> list:
-    """Images seen, minutes, loss, distance and share of unclear digits of one version."""
+    """Images seen, minutes, loss, distance and share of unclear digits of one
+    version."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, name)
         file.write_bytes(git("show", f"{revision}:Save_model/{name}"))
         model = ready(file)
-    pixels, _ = draw(model, range(samples), 0, 10, "dpm_solver")
+    pixels = draw(model, range(samples), 0, 10).pixels
     training = model.metadata["training"]
-    return [total(training, "images_seen"), total(training, "seconds") / 60, test_loss(model), distance_to_test(pixels),
-            unclear(pixels)]
+    return [total(training, "images_seen"), total(training, "seconds") / 60,
+            loss_on_test_images(model), distance_to_test(pixels),
+            unclear(mean_probabilities(pixels))]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=500)
-    args = parser.parse_args()
-    curves, table = {}, []
-    for network, names in CHECKPOINTS.items():
-        log = "log", "--reverse", "--diff-filter=AM", "--format=%h %cs", "--"
-        versions = [(*line.split(), name) for name in names
-                    for line in git(*log, f"Save_model/{name}").decode().splitlines()]
-        for revision, date, name in versions:
-            key = (revision, name, args.samples, machine())
-            row = once("history", key, lambda: measured(revision, name, args.samples))
-            curves.setdefault(network, []).append(row)
-            images, minutes, loss, distance, unclear_share = row
-            table.append(f"| {network} | {date} | `{revision}` | {images:,} | {minutes:.0f} | {loss:.4f} | "
-                         f"{distance:.2f} | {unclear_share:.1%} |")
-            print(table[-1], flush=True)
-    text = [f"`{command(args)}` on {machine()}:", "",
-            "Loss: the mean squared error on 2,000 test images. Distance: the Frechet distance to all 10,000 of them of",
-            f"{args.samples:,} samples in 10 steps of dpm_solver without a guide, on features of a small classifier, the",
-            f"median of three seeds; as many training images are at {training_distance(args.samples):.2f}, the median of up to ten",
-            "sets. Minutes are those of the machines that trained, which differed.",
-            "Unclear: the share of these samples to which three classifiers give no digit, on average, a probability of 0.9;",
-            f"of the test images {unclear(mnist('t10k')):.1%}.", "",
-            "| network | date | commit | images seen | minutes | loss | Frechet distance | unclear |",
-            "|---|---|---|---|---|---|---|---|", *table]
-    (ROOT / "benchmarks" / "history.md").write_text("\n".join(text) + "\n")
-
+def plot(curves: dict[str, list]) -> None:
+    """Draws Assets/history.png: loss and distance against the images seen."""
     _, axes = plt.subplots(1, 2, figsize=(9, 3.5))
-    for axis, column, label in zip(axes, (2, 3), ("loss on the test images", "Frechet distance to the test images")):
+    what = {2: "loss on the test images", 3: "Frechet distance to the test images"}
+    for axis, (column, label) in zip(axes, what.items()):
         for network, rows in curves.items():
-            axis.semilogy([row[0] for row in rows], [row[column] for row in rows], "o-", label=f"{network} network")
+            axis.semilogy([found[0] for found in rows],
+                          [found[column] for found in rows], "o-",
+                          label=f"{network} network")
         axis.set(xlabel="images seen", ylabel=label)
         axis.legend()
     plt.tight_layout()
     plt.savefig(ROOT / "Assets" / "history.png", dpi=120)
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--samples", type=int, default=500)
+    args = parser.parse_args()
+    curves = {}
+    table = header("network", "date", "commit", "images seen", "minutes", "loss",
+                   "Frechet distance", "unclear")
+    for network, name in CHECKPOINTS.items():
+        for revision, date in versions(name):
+            found = once("history", (revision, name, args.samples, machine()),
+                         lambda: measured(revision, name, args.samples))
+            curves.setdefault(network, []).append(found)
+            images, minutes, loss, distance, share = found
+            table.append(row(network, date, f"`{revision}`", f"{images:,}",
+                             f"{minutes:.0f}", f"{loss:.4f}", f"{distance:.2f}",
+                             f"{share:.1%}"))
+            print(table[-1], flush=True)
+    explained = ["Loss: the mean squared error on the first 2,000 test images, with",
+                 "their labels where the network knows labels. Minutes are those of",
+                 "the machines that trained, which differed."]
+    how = "in 10 steps of dpm_solver, without a guide,"
+    write_page("history", args, [*about_distance(args.samples, how), *about_unclear(),
+                                 *explained, "", *table], ":")
+    plot(curves)
 
 
 if __name__ == "__main__":

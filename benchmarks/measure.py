@@ -1,55 +1,64 @@
-"""What the benchmarks share: a classifier whose features tell digits apart, samples drawn once and kept, the distances."""
+"""How the benchmarks draw digits from a checkpoint, and how they judge them.
+
+The judges are three small classifiers of MNIST's digits, which differ by their seed.
+"""
 
 import argparse
 import hashlib
-import json
-import platform
-import sys
 import time
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
+from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from common import CACHE, ROOT, device, fingerprint, machine, once, parser_of
 
-from checkpoint import atomic_file, load_checkpoint, save_checkpoint  # noqa: E402
-from dataset_loader import image_grid, read_idx, to_image  # noqa: E402, F401
-from model import U_net  # noqa: E402
-from noise import (NoiseScheduler, autoguided, gaussian_noise, image_generators,  # noqa: E402, F401
+from checkpoint import load_checkpoint, save_checkpoint
+from dataset_loader import read_idx, to_image
+from model import U_net
+from noise import (NoiseScheduler, autoguided, gaussian_noise, image_generators,
                    image_labels, random_stream)
-from training import PRECISIONS, autocast, bf16_is_native, choose_device  # noqa: E402, F401
+from training import PRECISIONS, autocast, bf16_is_native
 
-CACHE = ROOT / "benchmarks" / "cache"  # git-ignored: what takes long is made once
-device = choose_device()
-
-
-def machine() -> str:
-    """What the figures were measured on, in words."""
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor() or "CPU")
-    threads = torch.get_num_threads()
-    return (f"{threads} thread{'s' * (threads > 1)} on {name} ({torch.backends.cpu.get_cpu_capability()}), "
-            f"torch {torch.__version__}")
+GUIDES = ("early", "unlabelled")
+JUDGES = range(3)  # the seeds of the classifiers
+AT_ONCE = 1000 if device == "cuda" else 250  # images drawn or looked at together
 
 
-def checkpoint_arguments(description: str) -> argparse.ArgumentParser:
+@lru_cache
+def mnist(part: str, kind: str = "images-idx3") -> Tensor:
+    """One of the files in Assets/MNIST, uint8: images are (N, 1, 28, 28).
+
+    part: "train" or "t10k".
+    """
+    content = read_idx(ROOT / "Assets" / "MNIST" / f"{part}-{kind}-ubyte.gz")
+    return content[:, None] if content.ndim == 3 else content
+
+
+def mnist_labels(part: str) -> Tensor:
+    """The digits that MNIST's images show, (N,) int64."""
+    return mnist(part, "labels-idx1").long()
+
+
+# A checkpoint and its options
+
+def checkpoint_arguments(description: str, samples: int = 10_000,
+                         several_seeds: bool = False) -> argparse.ArgumentParser:
     """The options that all benchmarks have which draw from a checkpoint."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(description)
     parser.add_argument("model", type=Path, help="a checkpoint of train.ipynb on MNIST")
-    parser.add_argument("--samples", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=samples)
+    if several_seeds:
+        parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    else:
+        parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=PRECISIONS, default="auto",
                         help="auto: bf16 where the processor has it")
     return parser
@@ -60,49 +69,142 @@ def ready(path: Path) -> U_net:
     return U_net.from_checkpoint(path, device).eval()
 
 
-def guide_path(path: Path) -> Path:
-    """Where the guide of a checkpoint lies."""
-    return path.with_stem(f"{path.stem}_guide")
-
-
-def guide_of(path: Path, guidance: float) -> U_net | None:
-    """The guide beside a checkpoint, where the guidance needs one and it is there."""
-    return ready(guide_path(path)) if guidance != 1 and guide_path(path).exists() else None
-
-
 def load_model(args: argparse.Namespace) -> U_net:
-    """The network of args.model, ready to draw; args.precision is "bf16" or "fp32" afterwards.
+    """The network of args.model, ready to draw.
 
-    Raises ValueError where it does not draw images like those of MNIST.
+    Afterwards args.precision is "bf16" or "fp32", and where the command has the options
+    and they were not given, args.guidance is what the checkpoint proposes and
+    args.guide "early" where the checkpoint keeps one. Raises ValueError where it does
+    not draw images like those of MNIST.
     """
     model = ready(args.model)
     channels, size = model.network["in_channels"], model.metadata.get("image_size")
-    if (channels, size) != (1, 28):
-        raise ValueError(f"{args.model}: draws {channels} channel(s) at image_size {size}; the benchmarks "
-                         "compare with MNIST, so train a network of 1 channel at 28")
+    if channels != 1 or size not in (28, [28, 28], (28, 28)):
+        raise ValueError(f"{args.model}: draws {channels} channel(s) at image_size "
+                         f"{size}; the benchmarks compare with MNIST, so train a "
+                         "network of 1 channel at 28")
     if args.precision == "auto":
         args.precision = "bf16" if bf16_is_native(device) else "fp32"
+    if getattr(args, "guidance", 1) is None:
+        args.guidance = model.metadata.get("guidance", 1)
+    if getattr(args, "guide", "") is None:
+        args.guide = GUIDES[not guide_path(args.model).exists()]
     return model
 
 
-def command(args: argparse.Namespace) -> str:
-    """The command line that gives a benchmark all its options, those with default values as well."""
-    words = ["python", f"benchmarks/{Path(sys.argv[0]).name}"]
-    for name, value in vars(args).items():
-        words += [] if name == "model" else [f"--{name.replace('_', '-')}"]
-        words += value if isinstance(value, list) else [value]
-    return " ".join(map(str, words))
+def guide_path(path: Path) -> Path:
+    """Where the early guide of a checkpoint lies."""
+    return path.with_stem(f"{path.stem}_guide")
 
 
-@lru_cache
-def mnist(part: str, kind: str = "images-idx3") -> Tensor:
-    """One of the files in Assets/MNIST, uint8; images are (N, 1, 28, 28), part is "train" or "t10k"."""
-    content = read_idx(ROOT / "Assets" / "MNIST" / f"{part}-{kind}-ubyte.gz")
-    return content[:, None] if content.ndim == 3 else content
+def guide_of(path: Path, model: U_net, guide: str) -> U_net:
+    """The guide of a checkpoint: the "early" network beside it, or the "unlabelled"
+    one, which is the network itself. Raises ValueError where it has no such guide."""
+    if guide == "unlabelled" and model.network["num_classes"]:
+        return model
+    if guide == "early" and guide_path(path).exists():
+        return ready(guide_path(path))
+    why = ("the network knows no labels" if guide == "unlabelled" else
+           f"there is no {guide_path(path)}" if guide == "early" else
+           f"choose from {', '.join(GUIDES)}")
+    raise ValueError(f"guide {guide!r}: {why}")
 
+
+# Drawing
+
+class Drawn(NamedTuple):
+    """Images as they are saved to disk, the labels they were asked for, and the
+    cost."""
+    pixels: Tensor  # uint8 (N, C, H, W)
+    labels: Tensor | None  # int64 (N,), None where the network knows none
+    seconds: float
+
+
+def labels_of(model: U_net, images: range, seed: int,
+              label: str | int | list | None = None) -> Tensor | None:
+    """The labels with which generate_image.ipynb draws these images, (N,) int64."""
+    classes = model.metadata.get("classes", [])
+    counts = model.metadata.get("class_counts", [])
+    return image_labels(label, seed, images, classes, counts)
+
+
+def predictor(model: U_net, label: Tensor | None, guide: U_net | None = None,
+              guidance: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
+    """The network for these labels, with its guide where guidance is not 1: another
+    network with the same labels, or the same network, which is then told none."""
+    predict = partial(model, label=label)
+    if guidance == 1:
+        return predict
+    if guide is None or (guide is model and label is None):
+        raise ValueError(f"guidance {guidance}: needs a guide; an early network, or the"
+                         " network itself where it knows labels")
+    weaker = model if guide is model else partial(guide, label=label)
+    return autoguided(predict, weaker, guidance)
+
+
+def draw(model: U_net, images: range, seed: int, num_steps: int,
+         sampler: str = "dpm_solver", *, label: str | int | list | None = None,
+         guide: U_net | None = None, guidance: float = 1.0, spacing: float = 1.0,
+         precision: str = "fp32", batch_size: int = AT_ONCE,
+         denoise: Callable | None = None, **options) -> Drawn:
+    """The images of one seed, as generate_image.ipynb draws them.
+
+    label: a class or a list of them; None: each image draws its own, as frequent as in
+    the training data. guide, guidance: see `predictor`. denoise: takes the place of
+    `NoiseScheduler.denoise`; options are its own, such as `eta`.
+    """
+    if denoise is None:
+        scheduler = NoiseScheduler(**model.metadata["noise_schedule"], device=device)
+        denoise = partial(scheduler.denoise, spacing=spacing)
+    size = model.metadata["image_size"]
+    size = [size] * 2 if isinstance(size, int) else size
+    shape = (model.network["in_channels"], *size)
+    start, drawn = time.perf_counter(), []
+    labels = labels_of(model, images, seed, label)
+    name = f"{sampler}, {num_steps} steps"
+    for first in tqdm(range(0, len(images), batch_size), name, leave=False):
+        batch = images[first:first + batch_size]
+        asked = None if labels is None else labels[first:first + batch_size].to(device)
+        generators = image_generators(seed, batch)
+        xt = gaussian_noise(torch.empty(len(batch), *shape, device=device), generators)
+        predict = predictor(model, asked, guide, guidance)
+        with autocast(device, precision):
+            walk = denoise(predict, xt, num_steps, sampler, generators, **options)
+            for _, xt in walk:  # one after the other: not all in memory
+                pass
+        drawn.append(to_image(xt).cpu())
+    return Drawn(torch.cat(drawn), labels, time.perf_counter() - start)
+
+
+def drawn_once(path: Path, model: U_net, images: range, seed: int, num_steps: int,
+               sampler: str = "dpm_solver", *, guide: str = "early",
+               guidance: float = 1.0, **options) -> Drawn:
+    """`draw`, kept in the cache under everything that decides the pictures and the
+    time, so that a stopped benchmark goes on. guide: "early" or "unlabelled"."""
+    early = guidance != 1 and guide == "early"
+    if guidance != 1 and not early:
+        options["guide"] = guide
+    for name, default in (("label", None), ("spacing", 1.0)):
+        if options.get(name, default) == default:  # the same as an option not given
+            options.pop(name, None)
+    decides = [*fingerprint(path, *[guide_path(path)] * early), images, seed, num_steps,
+               sampler, guidance, sorted(options.items()), machine()]
+    kept = CACHE / f"samples_{hashlib.md5(repr(decides).encode()).hexdigest()[:16]}.pth"
+    if not kept.exists():
+        options["guide"] = None if guidance == 1 else guide_of(path, model, guide)
+        pixels, _, seconds = draw(model, images, seed, num_steps, sampler,
+                                  guidance=guidance, **options)
+        save_checkpoint({"pixels": pixels, "seconds": seconds}, kept)
+    state = load_checkpoint(kept)
+    labels = labels_of(model, images, seed, options.get("label"))
+    return Drawn(state["pixels"], labels, state["seconds"])
+
+
+# The judges
 
 class Classifier(nn.Module):
-    """A small convolutional network for MNIST; forward(images) gives the 128 features before its last layer.
+    """A small convolutional network for MNIST; forward(images) gives the 128 features
+    before its last layer.
 
     images: uint8 (B, 1, 28, 28), as they are saved to disk.
     """
@@ -112,8 +214,10 @@ class Classifier(nn.Module):
     def __init__(self):
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU())
+            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU())
         self.digit = nn.Linear(128, 10)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -122,39 +226,51 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
         """How likely each image is to show each digit: (B, 10)."""
-        return torch.cat([self.digit(self(batch.to(device))).softmax(dim=1).cpu() for batch in images.split(500)])
+        return torch.cat([self.digit(self(batch.to(device))).softmax(dim=1).cpu()
+                          for batch in images.split(500)])
+
+
+def trained_classifier(images: Tensor, labels: Tensor, epochs: int, seed: int = 0,
+                       name: str = "classifier") -> Classifier:
+    """A classifier trained on uint8 images (N, 1, 28, 28) and labels (N,) int64 in 0
+    ... 9.
+
+    It draws from streams of its own: the caller's random numbers stay as they are.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = Classifier().to(device)
+        steps = epochs * -(-len(images) // 128)
+        optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+        for epoch in range(epochs):
+            order = torch.randperm(len(images)).split(128)
+            for batch in tqdm(order, f"{name}, epoch {epoch + 1} of {epochs}"):
+                said = net.digit(net(images[batch].to(device)))
+                loss = F.cross_entropy(said, labels[batch].to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    return net.eval()
+
+
+def classifier_path(seed: int, epochs: int = 3) -> Path:
+    return CACHE / f"classifier_{seed}_{epochs}.pth"
 
 
 @lru_cache
 def classifier(seed: int, epochs: int = 3) -> Classifier:
-    """Trains a classifier on the 60,000 training images, or takes the one that an earlier call with this seed left behind."""
-    path = CACHE / f"classifier_{seed}_{epochs}.pth"
+    """Trains a classifier on the 60,000 training images, or takes the one that an
+    earlier call with this seed left behind."""
+    path = classifier_path(seed, epochs)
     if not path.exists():
-        with torch.random.fork_rng():  # the caller's random numbers are those of a call that finds the classifier
-            torch.manual_seed(seed)
-            save_checkpoint(trained_classifier(epochs, f"classifier {seed}").state_dict(), path)
+        net = trained_classifier(mnist("train"), mnist_labels("train"), epochs, seed,
+                                 f"classifier {seed}")
+        save_checkpoint(net.state_dict(), path)
     net = Classifier().to(device)
     net.load_state_dict(load_checkpoint(path, device))
     return net.eval()
-
-
-def trained_classifier(epochs: int, name: str, images: Tensor | None = None,
-                       labels: Tensor | None = None) -> Classifier:
-    """A classifier trained on uint8 images (N, 1, 28, 28) and labels (N,): by default MNIST's training set."""
-    net = Classifier().to(device)
-    if images is None:
-        images, labels = mnist("train"), mnist("train", "labels-idx1").long()
-    steps = epochs * -(-len(images) // 128)
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
-    for epoch in range(epochs):
-        for batch in tqdm(torch.randperm(len(images)).split(128), f"{name}, epoch {epoch + 1} of {epochs}"):
-            loss = F.cross_entropy(net.digit(net(images[batch].to(device))), labels[batch].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return net
 
 
 @torch.no_grad()
@@ -165,15 +281,18 @@ def features(extractor: nn.Module, images: Tensor) -> Tensor:
 
 @lru_cache
 def distance_to(reference: Tensor, extractor: nn.Module) -> FrechetInceptionDistance:
-    """The Frechet distance with its reference images seen once for all: they are the same in every row of a table."""
-    metric = FrechetInceptionDistance(feature=extractor, reset_real_features=False).to(device)
+    """The Frechet distance with its reference images seen once for all: they are the
+    same in every row of a table."""
+    metric = FrechetInceptionDistance(feature=extractor, reset_real_features=False)
+    metric = metric.to(device)
     for batch in reference.split(500):
         metric.update(batch.to(device), real=True)
     return metric
 
 
 def frechet_distance(extractor: nn.Module, images: Tensor, reference: Tensor) -> float:
-    """Frechet distance (Heusel et al. 2017) between the features of two sets of uint8 images (N, C, H, W)."""
+    """Frechet distance (Heusel et al. 2017) between the features of two sets of uint8
+    images (N, C, H, W)."""
     metric = distance_to(reference, extractor)
     metric.reset()  # forgets the other images, not the reference
     for batch in images.split(500):
@@ -181,110 +300,96 @@ def frechet_distance(extractor: nn.Module, images: Tensor, reference: Tensor) ->
     return metric.compute().item()
 
 
+def distances_to_test(images: Tensor) -> list[float]:
+    """The Frechet distances of uint8 images (N, 1, 28, 28) to the 10,000 test images,
+    by the features of each judge."""
+    return [frechet_distance(classifier(seed), images, mnist("t10k"))
+            for seed in JUDGES]
+
+
 def distance_to_test(images: Tensor) -> float:
-    """The Frechet distance of uint8 images (N, 1, 28, 28) to the 10,000 test images: the median of three classifiers' features."""
-    return median(frechet_distance(extractor, images, mnist("t10k")) for extractor in map(classifier, range(3)))
-
-
-def training_sets(count: int) -> list[Tensor]:
-    """Up to ten sets of so many training images, whose distances show what real images reach, and what is chance."""
-    return list(mnist("train").split(count)[:max(1, min(10, 60_000 // count))])
+    """The Frechet distance to the test images: the median of the judges'."""
+    return median(distances_to_test(images))
 
 
 @lru_cache
+def training_distances(count: int) -> list[list[float]]:
+    """What real images reach, and what is chance: for each of up to ten sets of so many
+    training images its distances to the test images, by each judge."""
+    sets = mnist("train").split(count)[:max(1, min(10, 60_000 // count))]
+    for seed in JUDGES:
+        classifier(seed)
+    judges = [fingerprint(classifier_path(seed))[0] for seed in JUDGES]
+    return once("training_distances", (count, judges, machine()),
+                lambda: list(map(distances_to_test, sets)))
+
+
 def training_distance(count: int) -> float:
-    """The Frechet distance of so many training images to the test images, the median of up to ten sets of them."""
-    return median(map(distance_to_test, training_sets(count)))
+    """The distance of so many training images: the median of the sets' medians."""
+    return median(map(median, training_distances(count)))
+
+
+def relative_distance(found: list[float], count: int) -> float:
+    """R: the Frechet distance of so many images divided by that of as many training
+    images, the median of their sets. Real images are at 1.
+
+    found: by each judge, of `distances_to_test`. The median of the judges' ratios.
+    """
+    floors = map(median, zip(*training_distances(count)))
+    return median(distance / floor for distance, floor in zip(found, floors))
 
 
 def mean_probabilities(images: Tensor) -> Tensor:
-    """How likely uint8 images (N, 1, 28, 28) are to show each digit, the mean of three classifiers: (N, 10)."""
-    return torch.stack([classifier(seed).probabilities(images) for seed in range(3)]).mean(dim=0)
+    """How likely uint8 images (N, 1, 28, 28) are to show each digit, the mean of the
+    judges: (N, 10)."""
+    said = [classifier(seed).probabilities(images) for seed in JUDGES]
+    return torch.stack(said).mean(dim=0)
 
 
-def unclear(images: Tensor) -> float:
-    """The share of images that are not clearly a digit: three classifiers give none, on average, 0.9."""
-    return (mean_probabilities(images).amax(dim=1) < 0.9).float().mean().item()
+def unclear(probabilities: Tensor) -> float:
+    """The share of images that are not clearly a digit: none has a probability of 0.9.
 
-
-def labels_of(model: U_net, images: range, seed: int) -> Tensor | None:
-    """The labels with which generate_image.ipynb draws these images: as frequent as in the training data."""
-    classes, counts = (model.metadata.get(name, []) for name in ("classes", "class_counts"))
-    return image_labels(None, seed, images, classes, counts, device)
-
-
-def predictor(model: U_net, label: Tensor | None, guide: U_net | None, guidance: float) -> Callable:
-    """The network for these labels, with its guide: an early network, or (None) itself without label."""
-    predict = partial(model, label=label)
-    if guidance == 1:
-        return predict
-    return autoguided(predict, model if guide is None else partial(guide, label=label), guidance)
-
-
-def draw(model: U_net, images: range, seed: int, num_steps: int, sampler: str, batch_size: int = 250,
-         precision: str = "fp32", guide: U_net | None = None, guidance: float = 1.0,
-         denoise: Callable | None = None, **options) -> tuple[Tensor, float]:
-    """The images of one seed, uint8 (N, C, H, W), as generate_image.ipynb draws them, and the seconds
-    that it took.
-
-    denoise: takes the place of `NoiseScheduler.denoise`; options are its own, such as `spacing`.
+    probabilities: (N, 10), of `mean_probabilities`.
     """
-    denoise = denoise or NoiseScheduler(**model.metadata["noise_schedule"], device=device).denoise
-    size = model.metadata["image_size"]
-    shape = (model.network["in_channels"], *([size] * 2 if isinstance(size, int) else size))
-    drawn, start = [], time.perf_counter()
-    name = f"{sampler}, {num_steps} steps"
-    for first in tqdm(range(images.start, images.stop, batch_size), name, leave=False):
-        batch = images[first - images.start:][:batch_size]
-        predict = predictor(model, labels_of(model, batch, seed), guide, guidance)
-        generators = image_generators(seed, batch)
-        xt = gaussian_noise(torch.empty(len(batch), *shape, device=device), generators)
-        with autocast(device, precision):
-            for _, xt in denoise(predict, xt, num_steps, sampler, generators, **options):
-                pass
-        drawn.append(to_image(xt).cpu())
-    return torch.cat(drawn), time.perf_counter() - start
+    return (probabilities.amax(dim=1) < 0.9).float().mean().item()
 
 
-def fingerprint(*paths: Path) -> list[str]:
-    """What tells these checkpoints and the code that draws from them from any other."""
-    return [hashlib.md5(file.read_bytes()).hexdigest() for file in (*paths, ROOT / "model.py", ROOT / "noise.py")
-            if file.exists()]
+def right_digits(probabilities: Tensor, asked: Tensor) -> Tensor:
+    """Which images show, more likely than another, the digit asked for: (N,) bool."""
+    return probabilities.argmax(dim=1) == asked
 
 
-def drawn_once(path: Path, model: U_net, images: range, seed: int, num_steps: int, sampler: str,
-               guidance: float = 1.0, **options) -> tuple[Tensor, float]:
-    """`draw`, kept in the cache under everything that decides the pictures and the time, so that a stopped benchmark goes on."""
-    decides = [*fingerprint(path, *[guide_path(path)] * (guidance != 1)), images, seed, num_steps, sampler, guidance,
-               sorted(options.items()), machine()]
-    kept = CACHE / f"samples_{hashlib.md5(repr(decides).encode()).hexdigest()[:16]}.pth"
-    if not kept.exists():
-        pixels, seconds = draw(model, images, seed, num_steps, sampler, guide=guide_of(path, guidance), guidance=guidance,
-                               **options)
-        save_checkpoint({"pixels": pixels, "seconds": seconds}, kept)
-    state = load_checkpoint(kept)
-    return state["pixels"], state["seconds"]
+@torch.no_grad()
+def loss_on_test_images(model: U_net, count: int = 2000) -> float:
+    """Mean squared error of the predicted noise on the first test images, each at a
+    timestep of its own, with its label where the network knows labels."""
+    scheduler = NoiseScheduler(**model.metadata["noise_schedule"], device=device)
+    labels = mnist_labels("t10k") if model.network["num_classes"] else None
+    rng, losses = random_stream(0, device=device), []
+    for first in range(0, count, 250):
+        batch = slice(first, first + 250)
+        x0 = mnist("t10k")[batch].to(device).float() / 127.5 - 1
+        t = torch.randint(scheduler.num_timesteps, (len(x0),), generator=rng,
+                          device=device)
+        noise = gaussian_noise(x0, rng)
+        label = None if labels is None else labels[batch].to(device)
+        noise_pred = model(scheduler.add_noise(x0, noise, t), t, label)
+        losses.append(F.mse_loss(noise_pred, noise).item())
+    return fmean(losses)
 
 
-def once(benchmark: str, key: tuple, run: Callable[[], list]) -> list:
-    """run(), or what it returned when it was last asked for with this key and today's model.py and noise.py, so that a stopped
-    benchmark goes on."""
-    key = json.dumps((key, fingerprint()), sort_keys=True)
-    kept = CACHE / f"{benchmark}_{hashlib.md5(key.encode()).hexdigest()[:16]}.json"
-    if not kept.exists():
-        found = json.dumps({"key": key, "found": run()})
-        with atomic_file(kept) as file:
-            file.write(found.encode())
-    return json.loads(kept.read_text())["found"]
+# What the pages say of them
+
+def about_distance(samples: int, how: str = "") -> list[str]:
+    """What "Frechet distance" means in a table, in lines. how: how they were drawn."""
+    return [f"The Frechet distance of {samples:,} samples{how and f' {how}'} to the",
+            "10,000 test images, on features of a small classifier: the median of",
+            f"three such classifiers. {samples:,} training images are at "
+            f"{training_distance(samples):.2f}, the median of up to ten sets."]
 
 
-def plot_distances(path: Path, cost: str, curves: dict[str, list[tuple[float, float]]], floor: float) -> None:
-    """A picture of Frechet distance against cost, a curve for each name, above the distance of training images."""
-    plt.figure(figsize=(6, 4))
-    for name, points in curves.items():
-        plt.loglog(*zip(*points), "o-", label=name)
-    plt.axhline(floor, color="grey", linestyle=":", label="training images")
-    plt.xlabel(cost)
-    plt.ylabel("Frechet distance to the test images")
-    plt.legend()
-    plt.savefig(path, dpi=150, bbox_inches="tight")
+def about_unclear() -> list[str]:
+    """What "unclear" means in a table, in lines."""
+    share = unclear(mean_probabilities(mnist("t10k")))
+    return ["Unclear: the share of samples to which three classifiers give no digit,",
+            f"on average, a probability of 0.9; of the test images it is {share:.1%}."]

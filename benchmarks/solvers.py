@@ -1,20 +1,28 @@
-"""Why `dpm_solver` is the multistep solver: beside others, on the same weights and noise: solvers.md.
+"""Why `dpm_solver` is the solver: beside others, on the same weights and noise.
 
     python benchmarks/solvers.py Save_model/model_DDPM_large.pth
+
+Writes benchmarks/solvers.md.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import diffusers
 import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from measure import (ROOT, NoiseScheduler, checkpoint_arguments, command, distance_to_test, draw, fingerprint, load_model,
-                     machine, once, training_distance)
+from common import fingerprint, header, machine, once, row, write_page
+from measure import (about_distance, checkpoint_arguments, distance_to_test, draw,
+                     load_model)
+
+from noise import NoiseScheduler
+
+Walk = Callable[..., Iterator[tuple[int, Tensor]]]
 
 
-def of_diffusers(solver: type, random: bool = False, **options) -> Callable[..., Iterator[tuple[int, Tensor]]]:
+def of_diffusers(solver: type, random: bool = False, **options) -> Walk:
     """A walk like `NoiseScheduler.denoise`, by a solver of diffusers."""
     @torch.no_grad()
     def denoise(model, xt, num_steps, sampler, generator):
@@ -23,72 +31,69 @@ def of_diffusers(solver: type, random: bool = False, **options) -> Callable[...,
         extra = {"generator": generator} if random else {}
         for t in walk.timesteps:
             noise_pred = model(xt, t.expand(len(xt)).to(xt.device)).to(xt.dtype)
-            with torch.autocast(xt.device.type, enabled=False):  # the solver's own arithmetic
+            with torch.autocast(xt.device.type, enabled=False):  # of the solver
                 xt = walk.step(noise_pred, t, xt, **extra).prev_sample
             yield int(t), xt
     return denoise
 
 
-def ipndm(model: Callable, xt: Tensor, num_steps: int, sampler: str, generator: list) -> Iterator[tuple[int, Tensor]]:
-    """iPNDM (Zhang and Chen 2022): the step of DDIM by the noise that Adams and Bashforth see in the last four."""
-    scheduler, weights = NoiseScheduler(device=xt.device), ([1], [3, -1], [23, -16, 5], [55, -59, 37, -9])
-    timesteps, seen = scheduler.timesteps(num_steps), []
-    for t, s in zip(timesteps, timesteps[1:]):
-        with torch.no_grad():
-            seen = [model(xt, torch.full((len(xt),), t, device=xt.device)).to(xt.dtype), *seen[:3]]
+@torch.no_grad()
+def ipndm(model: Callable, xt: Tensor, num_steps: int, sampler: str, generator: list,
+          ) -> Iterator[tuple[int, Tensor]]:
+    """iPNDM (Zhang and Chen 2022): the step of DDIM by the noise that Adams and
+    Bashforth see in the last four."""
+    scheduler, seen = NoiseScheduler(device=xt.device), []
+    weights = ([1], [3, -1], [23, -16, 5], [55, -59, 37, -9])
+    for t, s in pairwise(scheduler.timesteps(num_steps)):
+        at = torch.full((len(xt),), t, device=xt.device)
+        seen = [model(xt, at).to(xt.dtype), *seen[:3]]
         bashforth = weights[len(seen) - 1]
-        xt = scheduler.ddim_step(xt, sum(w * noise for w, noise in zip(bashforth, seen)) / sum(bashforth), t, s)
+        noise_pred = sum(w * noise for w, noise in zip(bashforth, seen))
+        xt = scheduler.ddim_step(xt, noise_pred / sum(bashforth), t, s)
         yield s, xt
 
 
-def spaced(power: float) -> Callable[..., Iterator[tuple[int, Tensor]]]:
-    """`NoiseScheduler.denoise` at t = T (1 - i / n)^power: above 1 the timesteps crowd near the image, below near the noise."""
-    def denoise(model, xt, num_steps, sampler, generator):
-        scheduler = NoiseScheduler(device=xt.device)
-        scheduler.timesteps = lambda n: [round(scheduler.num_timesteps * (1 - i / n)**power) - 1 for i in range(n + 1)]
-        return scheduler.denoise(model, xt, num_steps, sampler, generator)
-    return denoise
-
-
-DPM = DPMSolverMultistepScheduler
+DPM, UNIPC = DPMSolverMultistepScheduler, UniPCMultistepScheduler
 SOLVERS = {
-    "ours, eta 1": (None, {}), "ours, eta 0": (None, {"eta": 0.0}),
-    "ours, eta 1, spacing to the power of 1.5": (spaced(1.5), {}),
-    "ours, eta 1, spacing to the power of 0.75": (spaced(0.75), {}),
-    "DPM-Solver++(2M) SDE": (of_diffusers(DPM, random=True, solver_order=2, algorithm_type="sde-dpmsolver++"), {}),
-    "DPM-Solver++(2M)": (of_diffusers(DPM, solver_order=2), {}),
-    "DPM-Solver++(3M)": (of_diffusers(DPM, solver_order=3), {}),
-    "UniPC, order 2": (of_diffusers(UniPCMultistepScheduler, solver_order=2), {}),
-    "UniPC, order 3": (of_diffusers(UniPCMultistepScheduler, solver_order=3), {}),
-    "iPNDM, order 4": (ipndm, {})}
+    "ours, eta 1": {}, "ours, eta 0": {"eta": 0.0},
+    "ours, eta 1, spacing 1.5": {"spacing": 1.5},
+    "ours, eta 1, spacing 0.75": {"spacing": 0.75},
+    "DPM-Solver++(2M) SDE": {"denoise": of_diffusers(
+        DPM, random=True, solver_order=2, algorithm_type="sde-dpmsolver++")},
+    "DPM-Solver++(2M)": {"denoise": of_diffusers(DPM, solver_order=2)},
+    "DPM-Solver++(3M)": {"denoise": of_diffusers(DPM, solver_order=3)},
+    "UniPC, order 2": {"denoise": of_diffusers(UNIPC, solver_order=2)},
+    "UniPC, order 3": {"denoise": of_diffusers(UNIPC, solver_order=3)},
+    "iPNDM, order 4": {"denoise": ipndm}}
 
 
 def main() -> None:
-    parser = checkpoint_arguments(__doc__)
-    parser.set_defaults(samples=1000)
+    parser = checkpoint_arguments(__doc__, samples=1000)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10])
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = load_model(args)
-    if model.metadata["noise_schedule"] != {"num_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}:
-        raise ValueError(f"{args.model}: its noise schedule is not the one that the solvers of diffusers start from")
-    rows = {name: [] for name in SOLVERS}
+    theirs = {"num_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+    if model.metadata["noise_schedule"] != theirs:
+        raise ValueError(f"{args.model}: its noise schedule is not the one that the "
+                         "solvers of diffusers start from")
+    found = {name: [] for name in SOLVERS}
     for steps in args.steps:
-        for name, (denoise, options) in SOLVERS.items():
-            key = (name, steps, args.samples, args.seed, args.precision, fingerprint(args.model)[0], machine())
-            rows[name] += once("solvers", key, lambda: [distance_to_test(draw(
-                model, range(args.samples), args.seed, steps, "dpm_solver", precision=args.precision, denoise=denoise,
-                **options)[0])])
-            print(name, steps, rows[name][-1], flush=True)
-    text = [f"`{command(args)}` on {machine()}:", "",
-            f"The Frechet distance of {args.samples:,} samples to the 10,000 test images, on features of a small classifier,",
-            f"the median of three seeds; as many training images are at {training_distance(args.samples):.2f}, the median of up to",
-            "ten sets. One evaluation of the network a step, without a guide; where nothing else is said, the timesteps are evenly",
-            "spaced, t = T (1 - i / n). iPNDM is written out in the script, the rest that is not ours is of diffusers",
-            f"{diffusers.__version__}.", "",
-            "| solver | " + " | ".join(f"{steps} steps" for steps in args.steps) + " |", "|---|" + "---|" * len(args.steps),
-            *[f"| {name} | " + " | ".join(f"{found:.2f}" for found in row) + " |" for name, row in rows.items()]]
-    (ROOT / "benchmarks" / "solvers.md").write_text("\n".join(text) + "\n")
+        for name, options in SOLVERS.items():
+            key = (name, steps, args.samples, args.seed, args.precision,
+                   fingerprint(args.model)[0], machine())
+            found[name] += once("solvers", key, lambda: [distance_to_test(draw(
+                model, range(args.samples), args.seed, steps, precision=args.precision,
+                **options).pixels)])
+            print(name, steps, found[name][-1], flush=True)
+    write_page("solvers", args, [
+        *about_distance(args.samples),
+        "One evaluation of the network a step, without a guide; where nothing else is",
+        "said, the timesteps are evenly spaced. iPNDM is written out in the script,",
+        f"the rest that is not ours is of diffusers {diffusers.__version__}.", "",
+        *header("solver", *(f"{steps} steps" for steps in args.steps)),
+        *[row(name, *(f"{one:.2f}" for one in each)) for name, each in found.items()]],
+        ":")
 
 
 if __name__ == "__main__":

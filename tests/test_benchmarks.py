@@ -1,20 +1,59 @@
 """The measures that the benchmarks report, against closed forms and counting."""
 
+import math
 import sys
+from argparse import Namespace
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from measure import Classifier, NoiseScheduler, U_net, frechet_distance, unclear  # noqa: E402
-from quality import (kernel_distance, manifold_measures, nearest, right_digits,  # noqa: E402
+import guidance  # noqa: E402
+import measure  # noqa: E402
+import quality  # noqa: E402
+import recipe as recipes  # noqa: E402
+from common import command, mean_and_each, once, write_page  # noqa: E402
+from loops import Images, plain_loss, plain_steps, run_steps  # noqa: E402
+from measure import (Classifier, draw, drawn_once, frechet_distance,  # noqa: E402
+                     guide_of, loss_on_test_images, predictor, right_digits, unclear)
+from quality import (kernel_distance, manifold_measures, nearest,  # noqa: E402
                      two_sample_test)
-from recipe import (TRAIN_IPYNB, NoiseOfVelocity, Recipe, loss_function, train,  # noqa: E402
-                    velocity)
-from run_notebook import run_cell  # noqa: E402
+from recipe import (TRAIN_IPYNB, NoiseOfVelocity, Recipe, loss_function,  # noqa: E402
+                    stratified_timesteps, train, velocity)
+
+from checkpoint import save_checkpoint  # noqa: E402
+from dataset_loader import to_image  # noqa: E402
+from model import U_net  # noqa: E402
+from noise import NoiseScheduler, image_labels  # noqa: E402
+from run_notebook import run_cell, run_notebook  # noqa: E402
+from training import Run  # noqa: E402
+
+SCHEDULE = {"num_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+DIGITS = [str(digit) for digit in range(10)]
+
+
+def random_images(number: int, seed: int = 0, size: int = 28) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (number, 1, size, size), generator=rng, dtype=torch.uint8)
+
+
+def small_network(seed: int = 0, num_classes: int = 10) -> U_net:
+    """A small network that knows labels, with weights that no layer ignores."""
+    torch.manual_seed(seed)
+    model = U_net(t_dim=8, widths=(8,), num_classes=num_classes).eval()
+    if num_classes:
+        nn.init.normal_(model.label_embedding.weight)
+    model.metadata = {"image_size": 28, "noise_schedule": SCHEDULE,
+                      "classes": DIGITS[:num_classes],
+                      "class_counts": [1] * num_classes}
+    return model
 
 
 class TwoFeatures(torch.nn.Module):
@@ -25,24 +64,30 @@ class TwoFeatures(torch.nn.Module):
 
 
 def test_frechet_distance_is_that_of_two_gaussians():
-    """Four points on a diamond have their mean in its centre and a diagonal covariance; the root is one of numbers."""
+    """Four points on a diamond have their mean in its centre and a diagonal covariance;
+    the root is one of numbers. Standard deviations are a and b times sqrt(2 / 3)."""
     def diamond(x, y, a, b):
-        return torch.tensor([[x + a, y], [x - a, y], [x, y + b], [x, y - b]]).view(4, 2, 1, 1)
-    expected = 3**2 + 4**2 + (5 - 2)**2 * 2 / 3 + (7 - 7)**2  # standard deviations are a and b times sqrt(2 / 3)
-    found = frechet_distance(TwoFeatures(), diamond(10, 20, 5, 7), diamond(13, 24, 2, 7))
+        points = [[x + a, y], [x - a, y], [x, y + b], [x, y - b]]
+        return torch.tensor(points).view(4, 2, 1, 1)
+    expected = 3**2 + 4**2 + (5 - 2)**2 * 2 / 3 + (7 - 7)**2
+    here, there = diamond(10, 20, 5, 7), diamond(13, 24, 2, 7)
+    found = frechet_distance(TwoFeatures(), here, there)
     assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_frechet_distance_of_images_to_themselves_is_zero():
-    images = torch.randint(256, (300, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = random_images(300)
     assert frechet_distance(Classifier(), images, images) == pytest.approx(0, abs=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance` will save all")  # eight points
+@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance` will save all")
 def test_kernel_distance_is_that_of_features_with_a_mean_square_of_one():
-    """Of sets of one point each, whose kernel is (x y / 2 + 1)^3 in two dimensions: (3, 4) is scaled to a length of sqrt(2)."""
-    point, zero = (torch.tensor(xy, dtype=torch.uint8).view(1, 2, 1, 1).expand(4, -1, -1, -1) for xy in ((3, 4), (0, 0)))
-    assert kernel_distance(TwoFeatures(), zero, point) == pytest.approx(1000 * (2**3 + 1 - 2 * 1))
+    """Of sets of one point each, whose kernel is (x y / 2 + 1)^3 in two dimensions: (3,
+    4) is scaled to a length of sqrt(2)."""
+    point, zero = (torch.tensor(xy).byte().view(1, 2, 1, 1).expand(4, -1, -1, -1)
+                   for xy in ((3, 4), (0, 0)))
+    found = kernel_distance(TwoFeatures(), zero, point)
+    assert found == pytest.approx(1000 * (2**3 + 1 - 2 * 1))
 
 
 def test_the_velocity_gives_its_noise_back():
@@ -51,26 +96,30 @@ def test_the_velocity_gives_its_noise_back():
     alpha_bar = scheduler.alpha_bar[t].view(-1, 1, 1, 1)
     angle = alpha_bar.sqrt().arccos()
     expected = angle.cos() * noise - angle.sin() * x0  # Salimans and Ho 2022, section 4
-    torch.testing.assert_close(velocity(x0, noise, alpha_bar), expected, rtol=1e-4, atol=1e-4)
+    found = velocity(x0, noise, alpha_bar)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
     class Velocity(torch.nn.Module):
         network = metadata = {}
 
         def forward(self, x, t):
             return expected
-    found = NoiseOfVelocity(Velocity(), scheduler.alpha_bar)(scheduler.add_noise(x0, noise, t), t)
+    noise_of = NoiseOfVelocity(Velocity(), scheduler.alpha_bar)
+    found = noise_of(scheduler.add_noise(x0, noise, t), t)
     torch.testing.assert_close(found, noise, rtol=1e-4, atol=1e-4)
 
 
 def test_precision_recall_density_and_coverage_count_neighbours():
-    """Real points 0, 1, 2, 3 on a line reach (k = 1) to distance 1; of the samples 0.5 and 9 the first lies in two balls."""
-    real, samples = torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.tensor([[0.5], [9.0]])
+    """Real points 0, 1, 2, 3 on a line reach (k = 1) to distance 1; of the samples 0.5
+    and 9 the first lies in two balls. The samples reach to distance 8.5."""
+    real, samples = torch.arange(4.0)[:, None], torch.tensor([[0.5], [9.0]])
     measures = manifold_measures(samples, real, k=1)
-    assert measures == {"precision": 0.5, "recall": 1.0, "density": 1.0, "coverage": 0.5}  # samples reach to 8.5
+    assert measures == {"precision": 0.5, "recall": 1.0, "density": 1.0,
+                        "coverage": 0.5}
 
 
 def test_the_nearest_image_is_found():
-    reference = torch.randint(256, (50, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    reference = random_images(50, size=4)
     images = reference[[7, 31]].clone()
     images[1, 0, 0, 0] ^= 255
     distance, index = nearest(images, reference)
@@ -79,8 +128,9 @@ def test_the_nearest_image_is_found():
     assert distance[1].item() == pytest.approx(changed, abs=1e-2)
 
 
-def test_a_digit_is_unclear_where_the_mean_of_the_classifiers_gives_none_a_probability_of_nine_tenths(monkeypatch):
-    """All three agree on the first three of five images, more or less surely; on the others one disagrees, or all do."""
+def test_a_digit_is_unclear_where_none_has_nine_tenths_on_average(monkeypatch):
+    """All three agree on the first three of five images, more or less surely; on the
+    others one disagrees, or all do."""
     said = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 2]])
     sure = torch.tensor([0.99, 0.91, 0.89, 0.99, 0.99])
 
@@ -91,35 +141,246 @@ def test_a_digit_is_unclear_where_the_mean_of_the_classifiers_gives_none_a_proba
         def probabilities(self, images):
             others = (1 - sure)[:, None].expand(-1, 10) / 9
             return others.scatter(1, said[self.seed][:, None], sure[:, None])
-    monkeypatch.setattr("measure.classifier", Fake)
-    assert unclear(torch.zeros(5, 1, 28, 28, dtype=torch.uint8)) == pytest.approx(3 / 5)
+    monkeypatch.setattr(measure, "classifier", Fake)
+    found = measure.mean_probabilities(random_images(5))
+    assert unclear(found) == pytest.approx(3 / 5)
+    assert right_digits(found, torch.zeros(5).long()).tolist() == [True] * 4 + [False]
 
 
 def test_probabilities_of_the_ten_digits_sum_to_one():
-    images = torch.randint(256, (3, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    probabilities = Classifier().probabilities(images)
+    probabilities = Classifier().probabilities(random_images(3))
     assert probabilities.shape == (3, 10) and (probabilities > 0).all()
     assert probabilities.sum(dim=1) == pytest.approx(torch.ones(3), abs=1e-6)
 
 
 def test_a_two_sample_test_tells_black_from_white_and_nothing_from_itself():
-    real = torch.randint(256, (400, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    other = torch.randint(256, (400, 1, 28, 28), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    assert two_sample_test(real // 2, 128 + other // 2, epochs=8) == pytest.approx(1, abs=0.02)
-    assert two_sample_test(real, other, epochs=2) == pytest.approx(0.5, abs=4 * (0.25 / 400)**0.5)
+    real, other = random_images(200), random_images(200, seed=1)
+    found = two_sample_test(real // 2, 128 + other // 2, epochs=5)
+    assert found == pytest.approx(1, abs=0.02)
+    found = two_sample_test(real, other, epochs=1)
+    assert found == pytest.approx(0.5, abs=4 * (0.25 / 200)**0.5)
+
+
+def test_a_two_sample_test_is_not_led_astray_by_the_order_of_the_images():
+    """Both sets are half dark and half bright, but only one of them is sorted, as
+    MNIST's test images are by their writers."""
+    dark, bright = random_images(100) // 2, 128 + random_images(100, seed=1) // 2
+    mixed = torch.stack([dark, bright], dim=1).flatten(0, 1)
+    found = two_sample_test(mixed, torch.cat([dark, bright]), epochs=2)
+    assert found == pytest.approx(0.5, abs=4 * (0.25 / 200)**0.5)
 
 
 def test_the_right_digits_are_counted_by_what_was_asked_for(monkeypatch):
     said = torch.arange(20) % 10
-    monkeypatch.setattr("quality.mean_probabilities", lambda _: torch.nn.functional.one_hot(said, 10).float())
+    monkeypatch.setattr(quality, "mean_probabilities",
+                        lambda images: nn.functional.one_hot(said, 10).float())
     asked = said.clone()
     asked[3] = 4  # one of the two threes was asked to be a four
-    (line, _) = right_digits(torch.zeros(20, 1, 28, 28), asked)
-    assert "95.00%" in line and "3: 100.0%" in line and "4: 66.7%" in line
+    text = "\n".join(quality.digits(measure.Drawn(random_images(20), asked, 0.0)))
+    assert "95.00%" in text and "3: 100.0%" in text and "4: 66.7%" in text
+    unlabelled = quality.digits(measure.Drawn(random_images(20), None, 0.0))
+    assert "asked" not in "\n".join(unlabelled)
+
+
+def test_black_pixels_are_counted(monkeypatch):
+    monkeypatch.setattr(quality, "two_sample_test", lambda images, real: 0.75)
+    monkeypatch.setattr(quality, "mnist", lambda part: torch.zeros(2, 1, 2, 2).byte())
+    drawn = torch.tensor([0, 0, 0, 1]).byte().view(1, 1, 2, 2)
+    text = "\n".join(quality.told_apart(drawn))
+    assert "75.0% of the samples" in text and "100.0% of the test" in text
+
+
+def test_classification_accuracy_is_that_on_real_digits_of_what_was_learnt(monkeypatch):
+    """Digit d has a bright row number 2 d. What is learnt from wrong labels is
+    wrong."""
+    labels = torch.arange(200) % 10
+    images = random_images(200) // 4
+    images[torch.arange(200), 0, 2 * labels] = 255
+    monkeypatch.setattr(quality, "mnist", lambda part: images)
+    monkeypatch.setattr(quality, "mnist_labels", lambda part: labels)
+    monkeypatch.setattr(quality, "JUDGES", range(1))
+    monkeypatch.setattr(quality, "CAS_EPOCHS", 8)
+    assert quality.classification_accuracy(images, labels, "right") == [1.0]
+    assert quality.classification_accuracy(images, (labels + 1) % 10, "wrong") == [0.0]
+
+
+def test_the_page_says_how_many_times_the_errors_of_real_digits(monkeypatch, tmp_path):
+    found = {"real": [0.99, 0.98], "samples": [0.97, 0.98]}
+    monkeypatch.setattr("common.CACHE", tmp_path)
+    monkeypatch.setattr(quality, "classification_accuracy",
+                        lambda images, labels, name: found[name])
+    drawn = measure.Drawn(random_images(4), torch.arange(4), 0.0)
+    text = "\n".join(quality.about_cas(drawn, ()))
+    assert "97.50% (97.00%, 98.00%)" in text and "1.67 x the errors" in text
+
+
+def test_r_is_the_median_of_the_ratios_to_the_median_of_real_sets(monkeypatch):
+    sets = [[1.0, 1.0, 10.0], [2.0, 4.0, 10.0], [9.0, 9.0, 10.0]]  # medians 2, 4 and 10
+    monkeypatch.setattr(measure, "training_distances", lambda number: sets)
+    found = measure.relative_distance([6.0, 8.0, 50.0], 3)  # of 3, 2 and 5
+    assert found == pytest.approx(3.0)
+    assert measure.training_distance(3) == pytest.approx(4.0)  # of 1, 4, 9
+
+
+def test_the_loss_of_a_network_that_predicts_zero_is_the_variance_of_the_noise():
+    class Zero(nn.Module):
+        network, metadata, seen = {"num_classes": 10}, {"noise_schedule": SCHEDULE}, []
+
+        def forward(self, x, t, label):
+            self.seen.append(label)
+            return torch.zeros_like(x)
+    model = Zero()
+    assert loss_on_test_images(model, 500) == pytest.approx(1, abs=0.02)
+    assert torch.equal(torch.cat(model.seen), measure.mnist_labels("t10k")[:500])
+
+
+# Drawing
+
+@pytest.mark.parametrize("num_classes, early, guidance, label", [
+    (10, True, 1.5, None), (10, False, 2.0, [3, 1]), (10, True, 1.0, 7),
+    (0, True, 1.25, None)])
+def test_draw_draws_what_the_notebook_draws(tmp_path, monkeypatch, num_classes, early,
+                                            guidance, label):
+    model, guide = small_network(0, num_classes), small_network(1, num_classes)
+    for network in (model, guide):
+        network.metadata["noise_schedule"] = SCHEDULE | {"num_timesteps": 16}
+    path = tmp_path / "model.pth"
+    save_checkpoint(model.state_dict(), path)
+    if early:
+        save_checkpoint(guide.state_dict(), measure.guide_path(path))
+    names = run_notebook(Path(measure.ROOT, "generate_image.ipynb"), {
+        "model_path": str(path), "num_images": 5, "label": label, "seed": 3,
+        "num_steps": 4, "guidance": guidance, "precision": "fp32",
+        "output_dir": str(tmp_path)})
+    guide = guide_of(path, model, "early" if early else "unlabelled")
+    found = draw(model, range(5), 3, 4, label=label, guide=guide, guidance=guidance)
+    assert torch.equal(found.pixels, to_image(torch.cat(names["drawn"])))
+    part = draw(model, range(2, 4), 3, 4, label=label, guide=guide, guidance=guidance)
+    assert (part.pixels.int() - found.pixels[2:4].int()).abs().max() <= 1
+    classes = DIGITS[:num_classes]
+    expected = image_labels(label, 3, range(5), classes, [1] * num_classes)
+    assert (found.labels is expected is None) or torch.equal(found.labels, expected)
+
+
+def test_spacing_moves_the_timesteps_of_a_drawing():
+    model, visited = small_network(), []
+    forward = model.forward
+    model.forward = lambda x, t, label=None: (visited.append(t[0].item()),
+                                              forward(x, t, label))[1]
+    draw(model, range(1), 0, 4, spacing=2.0)
+    assert visited == [999, 561, 249, 61]  # 1000 (1 - i / 4)^2 - 1, rounded
+
+
+def test_a_guide_that_is_not_there_is_an_error(tmp_path):
+    path = tmp_path / "model.pth"
+    with pytest.raises(ValueError, match="there is no .*model_guide.pth"):
+        guide_of(path, small_network(), "early")
+    with pytest.raises(ValueError, match="knows no labels"):
+        guide_of(path, small_network(num_classes=0), "unlabelled")
+    with pytest.raises(ValueError, match="choose from early, unlabelled"):
+        guide_of(path, small_network(), "late")
+    with pytest.raises(ValueError, match="guidance 2: needs a guide"):
+        predictor(small_network(), torch.zeros(1).long(), None, 2)
+
+
+def test_samples_are_kept_under_everything_that_decides_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "CACHE", tmp_path)
+    model, path = small_network(), tmp_path / "model.pth"
+    save_checkpoint(model.state_dict(), path)
+    save_checkpoint(small_network(1).state_dict(), measure.guide_path(path))
+    made = []
+    monkeypatch.setattr(measure, "draw", lambda *args, **options: made.append(options)
+                        or draw(*args, **options))
+
+    def again(**options):
+        return drawn_once(path, model, range(3), 0, 2, **options)
+    first = again()
+    for same in ({}, {"spacing": 1.0}, {"label": None}, {"guide": "unlabelled"}):
+        assert torch.equal(again(**same).pixels, first.pixels)
+    assert len(made) == 1 and torch.equal(again().labels, first.labels)
+    others = [{"spacing": 1.5}, {"label": 7}, {"guidance": 2.0},
+              {"guidance": 2.0, "guide": "unlabelled"}]
+    found = [again(**other) for other in others]
+    assert len(made) == 5 and found[1].labels.tolist() == [7, 7, 7]
+    assert not torch.equal(found[2].pixels, found[3].pixels)
+
+
+def test_the_table_of_guidance_has_each_with_each(monkeypatch):
+    """Without a guide, the kind of guide makes no difference: that row comes once."""
+    pages = []
+    for name, fake in {"load_model": lambda args: small_network(),
+                       "measured": lambda args, model, seed, *_, **how: (seed, 0.5, 1),
+                       "about_distance": lambda *_: [], "about_unclear": lambda: [],
+                       "write_page": lambda name, args, lines, _: pages.append(lines),
+                       }.items():
+        monkeypatch.setattr(guidance, name, fake)
+    words = ("guidance.py model.pth --seed 1 2 --guide early unlabelled "
+             "--guidance 1 1.5 --spacing 1 2 --steps 5")
+    monkeypatch.setattr("sys.argv", words.split())
+    guidance.main()
+    table = [line for line in pages[0] if line.startswith("| ")]
+    assert table[0].endswith("| evaluations | R | unclear | right digit |")
+    assert table[1] == ("| none | 1 | 1 | 5 | 5 | 1.500 (1.000, 2.000) | "
+                        "50.0% (50.0%, 50.0%) | 100.0% (100.0%, 100.0%) |")
+    assert [row.split(" | ")[0] for row in table[1:]] == (
+        ["| none"] * 2 + ["| early"] * 2 + ["| unlabelled"] * 2)
+    assert all(" | 5 | 10 | " in row for row in table[3:])
+
+
+# Training
+
+def test_timesteps_are_one_of_each_part():
+    t = stratified_timesteps(40, torch.Generator().manual_seed(0))
+    assert torch.equal(t * 40 // 1000, torch.arange(40))
+
+
+def test_the_plain_loop_and_that_of_the_notebook_take_steps(tmp_path):
+    data = Images(random_images(8), torch.arange(8))
+    model = small_network().train()
+    steps = plain_steps(model, data.random_batches(4))
+    losses = [loss for loss, _ in islice(steps, 30)]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    run = Run(model, data, batch_size=4, learning_rate=1e-3, num_epochs=3, seed=0,
+              save_dir=tmp_path, use_labels=True)
+    assert len(list(run_steps(run, plain_loss(model, NoiseScheduler())))) == 6
+    assert len(run.losses) == 6
+
+
+@pytest.mark.parametrize("decay", ["constant", "cosine"])
+def test_the_learning_rate_of_a_recipe_is_that_of_the_time(decay, monkeypatch):
+    """A clock that goes on by 0.05 s at each look makes a step 0.05 s long."""
+    runs, clock = [], count(step=0.05)
+    tick = partial(next, clock)
+    monkeypatch.setattr(recipes, "time",
+                        SimpleNamespace(process_time=tick, perf_counter=tick))
+    monkeypatch.setattr(recipes, "Run", lambda *args, **options: runs.append(
+        Run(*args, **options)) or runs[-1])
+    recipe = Recipe(network={"widths": (8,)}, batch_size=4, learning_rate=0.002,
+                    decay=decay)
+    rates = []
+    for _ in train(recipe, 1.0, looks=(0.5, 1.0)):
+        rates.append(runs[0].optimizer.param_groups[0]["lr"].item())
+    if decay == "constant":
+        assert rates == [pytest.approx(0.002)] * 2
+    else:
+        expected = [0.001 * (1 + math.cos(math.pi * share)) for share in (0.45, 0.95)]
+        assert rates == pytest.approx(expected)
+    run = runs[0]
+    for average, weight in zip(run.average.parameters(), run.model.parameters()):
+        torch.testing.assert_close(average, weight)  # no average was asked for
+
+
+def test_a_run_that_diverges_has_no_distance(monkeypatch, tmp_path):
+    def diverges(*args, **options):
+        raise FloatingPointError("step 3: the gradient is not finite")
+        yield
+    monkeypatch.setattr("common.CACHE", tmp_path)
+    monkeypatch.setattr(recipes, "train", diverges)
+    assert recipes.result(Recipe(), 1, 10, False) == (float("inf"), float("inf"), 0)
 
 
 def test_the_recipe_of_the_notebook_has_its_loss():
-    """Of the same network and noise, train.ipynb's loss and that of the benchmark's recipe."""
+    """Of the same network and noise, train.ipynb's loss and that of the recipe."""
     notebook = nbformat.read(Path(__file__).parents[1] / "train.ipynb", 4)
     model, scheduler = U_net(t_dim=8, widths=(8,)), NoiseScheduler()
     names = {"model": model, "scheduler": scheduler, "alpha_bar": scheduler.alpha_bar}
@@ -133,6 +394,32 @@ def test_the_recipe_of_the_notebook_has_its_loss():
 
 def test_training_for_a_time_looks_when_asked():
     recipe = Recipe(network={"widths": (8,)}, batch_size=4, ema=0.9)
-    looks = [(seconds, seen) for seconds, seen, *_ in train(recipe, 0.5, looks=(0.5, 1.0))]
-    assert [seconds >= least for (seconds, _), least in zip(looks, (0.25, 0.5))] == [True, True]
-    assert 0 < looks[0][1] < looks[1][1]
+    first, second = ((seconds, seen)
+                     for seconds, seen, *_ in train(recipe, 0.5, looks=(0.5, 1.0)))
+    assert first[0] >= 0.25 and second[0] >= 0.5
+    assert 0 < first[1] < second[1]
+
+
+# Pages
+
+def test_a_page_begins_with_its_command(monkeypatch, tmp_path):
+    monkeypatch.setattr("common.ROOT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["/somewhere/guidance.py"])
+    (tmp_path / "benchmarks").mkdir()
+    args = Namespace(model=Path("a.pth"), steps=[5, 10], guide=None, seed=0)
+    assert command(args) == "python benchmarks/guidance.py a.pth --steps 5 10 --seed 0"
+    write_page("page", args, ["one", "two"], ":")
+    first, *rest = (tmp_path / "benchmarks" / "page.md").read_text().splitlines()
+    assert first.startswith(f"`{command(args)}` on ") and first.endswith(":")
+    assert rest == ["", "one", "two"]
+
+
+def test_what_was_found_once_is_found_again(monkeypatch, tmp_path):
+    monkeypatch.setattr("common.CACHE", tmp_path)
+    calls = []
+    for key in (("a", 1), ("a", 1), ("a", 2)):
+        found = once("name", key, lambda: calls.append(key) or [*key, None])
+        assert found == [*key, None]
+    assert calls == [("a", 1), ("a", 2)]
+    assert mean_and_each([0.5], ".1f") == "0.5"
+    assert mean_and_each([1, 2], ".1f") == "1.5 (1.0, 2.0)"

@@ -6,9 +6,6 @@ import os
 import re
 import struct
 import tempfile
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-import image_folder
 from checkpoint import atomic_file
 from dataset_loader import ImageDataset, image_grid, read_idx, to_image
 
@@ -30,6 +26,14 @@ MD5 = {
     "t10k-images-idx3-ubyte.gz": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte.gz": "27ae3e4e09519cfbb04c329615203637",
 }
+
+
+@pytest.fixture(autouse=True)
+def user_cache(tmp_path_factory, monkeypatch):
+    """The user's cache folder, which no test may write into, is one of the test's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "simple-ddpm"
 
 
 def write_idx(path, array, compress=False):
@@ -302,7 +306,11 @@ def test_links_are_followed_and_loops_end(tmp_path):
 
 
 def test_nothing_to_read_is_an_error_that_names_the_place(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"no images under {re.escape(str(tmp_path))}: no file ends in .png, .jpg"):
+    with pytest.raises(FileNotFoundError, match=f"no images under {re.escape(str(tmp_path))}.* no file; .*.png, .jpg"):
+        ImageDataset(tmp_path)
+    for name in ("a.txt", "b.TXT", "c.csv", "README"):
+        (tmp_path / name).write_text("no image")
+    with pytest.raises(FileNotFoundError, match=r"\.txt \(2\), .*(\.csv|without extension) \(1\).*read are .png"):
         ImageDataset(tmp_path)
     with pytest.raises(FileNotFoundError, match="missing: no such folder or file"):
         ImageDataset(tmp_path / "missing")
@@ -311,7 +319,7 @@ def test_nothing_to_read_is_an_error_that_names_the_place(tmp_path):
         ImageDataset(tmp_path)
 
 
-def test_the_second_start_decodes_nothing_and_a_changed_folder_is_noticed(tmp_path, monkeypatch):
+def test_the_second_start_decodes_nothing_and_a_changed_folder_is_noticed(tmp_path, user_cache, monkeypatch):
     for value in range(3):
         write_image(tmp_path / f"{value}.png", value, mode="L")
     first = ImageDataset(tmp_path)
@@ -324,14 +332,14 @@ def test_the_second_start_decodes_nothing_and_a_changed_folder_is_noticed(tmp_pa
     write_image(tmp_path / "3.png", 3, mode="L")
     assert first_pixels(ImageDataset(tmp_path)) == [0, 99, 2, 3]
     assert ImageDataset(tmp_path, image_size=8).pixels.shape == (4, 1, 8, 8)
-    assert len(list((tmp_path / ".pixels").glob("*.pth"))) == 2  # one for each size; that of the folder before it changed is gone
+    assert len(list(user_cache.glob("*.pth"))) == 2  # one for each size; that of the folder before it changed is gone
 
 
-def test_a_damaged_cache_is_made_anew(tmp_path):
+def test_a_damaged_cache_is_made_anew(tmp_path, user_cache):
     for value in range(3):
         write_image(tmp_path / f"{value}.png", value, mode="L")
     ImageDataset(tmp_path)
-    (store,) = (tmp_path / ".pixels").glob("*.pth")
+    (store,) = user_cache.glob("*.pth")
     store.write_bytes(store.read_bytes()[:100])
     assert first_pixels(ImageDataset(tmp_path)) == first_pixels(ImageDataset(tmp_path)) == [0, 1, 2]
 
@@ -350,11 +358,11 @@ def test_a_file_that_cannot_be_read_now_is_looked_at_again(tmp_path, monkeypatch
     assert first_pixels(ImageDataset(tmp_path)) == [0, 1, 2]
 
 
-def test_what_another_start_writes_meanwhile_is_left_alone(tmp_path):
+def test_what_another_start_writes_meanwhile_is_left_alone(tmp_path, user_cache):
     for name in "ab":
         write_image(tmp_path / f"{name}.png", 7, mode="L")
     ImageDataset(tmp_path)
-    (store,) = (tmp_path / ".pixels").glob("*.pth")
+    (store,) = user_cache.glob("*.pth")
     content = store.read_bytes()
     with atomic_file(store) as file:
         store.unlink()
@@ -364,13 +372,13 @@ def test_what_another_start_writes_meanwhile_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_it_works_without_the_cache(tmp_path, cache):
+def test_it_works_without_the_cache(tmp_path, user_cache, cache):
     for value in range(3):
         write_image(tmp_path / f"{value}.png", value, mode="L")
     if cache:
-        (tmp_path / ".pixels").touch()  # where the folder of the cache would have to be
+        user_cache.touch()  # where the folder of the cache would have to be
     assert first_pixels(ImageDataset(tmp_path, cache=cache)) == [0, 1, 2]
-    assert not (tmp_path / ".pixels").is_dir()
+    assert not user_cache.is_dir()
 
 
 @settings(max_examples=60, deadline=None)
@@ -408,29 +416,12 @@ def test_bad_arguments_are_refused(tmp_path, arguments, message):
         ImageDataset(tmp_path, **arguments)
 
 
-def test_of_two_that_start_at_once_one_decodes_and_the_other_takes_its_pixels(tmp_path, monkeypatch):
-    """As the processes of torchrun on one machine do; here two threads, each with a lock of its own."""
-    for value in range(4):
-        write_image(tmp_path / f"{value}.png", value, mode="L")
-    decoded, decode, both = [], image_folder.decode, threading.Barrier(2)
-
-    def slow(name, **arguments):
-        decoded.append(name)
-        time.sleep(0.05)
-        return decode(name, **arguments)
-
-    def start(_):
-        both.wait()
-        return first_pixels(ImageDataset(tmp_path))
-    monkeypatch.setattr(image_folder, "decode", slow)
-    with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(start, range(2))) == [[0, 1, 2, 3]] * 2
-    assert sorted(decoded) == ["0.png", "1.png", "2.png", "3.png"]
-
-
-def test_a_folder_of_idx_files_is_told_to_pass_the_file():
-    with pytest.raises(FileNotFoundError, match="pass the file itself, such as .*ubyte"):
-        ImageDataset(MNIST)
+@pytest.mark.parametrize("folder", [MNIST, MNIST.parent / "MNIST" / ".." / "MNIST"])
+def test_a_folder_of_idx_files_is_told_to_pass_the_file(folder):
+    with pytest.raises(FileNotFoundError, match="pass the IDX file itself: ") as error:
+        ImageDataset(folder)
+    named = str(error.value).split("itself: ")[1]
+    assert len(ImageDataset(named)) == 60_000
 
 
 def test_a_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
