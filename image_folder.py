@@ -172,7 +172,8 @@ def class_labels(names: list[str]) -> tuple[list[int] | None, list[str], str]:
     classes = sorted({part[0] for part in parts if len(part) > 1})
     if len(classes) > 1 and not stray:
         counts = Counter(part[0] for part in parts)
-        return ([classes.index(part[0]) for part in parts], classes,
+        number = {name: i for i, name in enumerate(classes)}
+        return ([number[part[0]] for part in parts], classes,
                 f"labels: {len(classes)} classes, {most_common(counts)}")
     if classes and stray:
         return None, [], (f"no labels: {len(stray)} images lie beside the subfolders "
@@ -201,17 +202,21 @@ def fit_image(image: Image.Image, settings: PixelSettings) -> Image.Image:
     return image.resize(size, lanczos)
 
 
+class UnknownRange(ValueError):
+    """Numbers in an image of which nothing says which one is white."""
+
+
 def in_eight_bits(image: Image.Image, bits: int) -> tuple[Image.Image, int]:
     """An image of more than 8 bits in 8 bits, and the greatest of its whole numbers.
 
     Of whole numbers the upper 8 of `bits` bits count; of decimal numbers 1 is white.
-    Raises OverflowError where they are not in 0 ... 65535 or 0 ... 1.
+    Raises UnknownRange where they are not in 0 ... 65535 or 0 ... 1.
     """
     if image.mode[0] not in "IF":
         return image, 0
     values, decimal = np.asarray(image), image.mode == "F"
     if not (values.min() >= 0 and values.max() <= (1 if decimal else 65535)):
-        raise OverflowError
+        raise UnknownRange
     small = np.rint(values * 255) if decimal else np.minimum(values >> (bits - 8), 255)
     picture = Image.fromarray(small.astype(np.uint8))
     transparent = image.info.get("transparency")
@@ -260,7 +265,7 @@ def reason_of(error: Exception) -> str:
         return f"more than {Image.MAX_IMAGE_PIXELS} pixels"
     if isinstance(error, UnidentifiedImageError):
         return "no image of a format that is read"
-    if isinstance(error, OverflowError):
+    if isinstance(error, UnknownRange):
         return "whole numbers outside 0 ... 65535, or decimal ones outside 0 ... 1"
     if isinstance(error, OSError) and error.errno:
         return f"{UNREADABLE}: {error.strerror}"
@@ -338,14 +343,17 @@ def list_files(folder: Path) -> FolderListing:
             continue
         visited.add(os.path.realpath(root))
         within = os.path.relpath(root, folder)
-        for name in [*folders, *names]:
-            is_image = name not in folders and extension(name) in READ + NOT_READ
-            if name.startswith(HIDDEN):
-                group = hidden if is_image or name in folders else []
-            else:
-                group = images if is_image else others if name in names else []
-            group.append(os.path.normpath(os.path.join(within, name)))
+
+        def below(name):
+            return os.path.normpath(os.path.join(within, name))
+
+        hidden += [below(name) for name in folders if name.startswith(HIDDEN)]
         folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
+        for name in names:
+            if extension(name) not in READ + NOT_READ:
+                others.append(below(name))
+            else:
+                (hidden if name.startswith(HIDDEN) else images).append(below(name))
     return FolderListing(sorted(images), sorted(hidden), sorted(others))
 
 
@@ -382,7 +390,7 @@ def cache_file(folder: Path, listing: FolderListing, settings: PixelSettings,
 
 def read_cache(store: Path) -> dict | None:
     """What was kept in this file; None where there is none, or a damaged one."""
-    if not store.is_file():
+    if not os.path.isfile(store):
         return None
     try:
         return torch.load(store, mmap=True, weights_only=True)

@@ -292,9 +292,10 @@ class Run:
         try:
             self._pending.append(self._step(*(x if x is None else x[mine] for x in batch)))
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
-                raise
+            full = "out of memory" in str(error) or "allocate memory" in str(error)
             at_once = min(self.micro_batch_size, share)
+            if isinstance(error, RuntimeError) and not full or at_once == 1:
+                raise
             raise MemoryError(f"{at_once} images at once do not fit in the memory of {self.device}; set "
                               f"micro_batch_size below {at_once}, which computes the same") from error
         self.lr_schedule.step()
@@ -427,11 +428,12 @@ class Run:
     # The files
 
     def _take_folder(self) -> None:
-        """Makes save_dir and locks it until this process ends, on the first process."""
+        """Makes save_dir and locks it while this run exists, on the first process."""
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:  # the system frees the lock of a process that dies
-                FileLock(self.folder / ".lock", timeout=0, is_singleton=True).acquire()
+            self._lock = FileLock(self.folder / ".lock", timeout=0, is_singleton=True)
+            try:  # held while this run exists; the system frees the lock of a process that dies
+                self._lock.acquire()
             except Timeout:
                 raise ValueError(f"save_dir {self.folder}: another run is writing there; choose another "
                                  "folder, or end that run") from None
@@ -452,8 +454,8 @@ class Run:
         self.guide_steps = None
 
     def _goes_on(self, resume: bool | str) -> bool:
-        """Whether to go on with the run in save_dir: where asked to, or where torchrun restarted a job
-        that had begun it."""
+        """Whether to go on with the run in save_dir: where asked to, or where torchrun restarted the
+        processes of a job that had begun it (for a replaced machine ask for resume="auto")."""
         if resume not in (True, False, "auto"):
             raise ValueError(f"resume {resume!r}: must be True, False or 'auto'")
         self.job = os.environ.get("TORCHELASTIC_RUN_ID")

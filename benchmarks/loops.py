@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from common import device
 
@@ -32,6 +33,13 @@ class Images:
             index = torch.randint(len(self), (batch_size,))
             label = None if self.labels is None else self.labels[index]
             yield self.pixels[index].float() / 127.5 - 1, label
+
+
+class QuietRun(Run):
+    """A run without a progress bar: one of many, or one whose end is not known."""
+
+    def _progress_bar(self) -> tqdm:
+        return tqdm(disable=True)
 
 
 def wait() -> None:

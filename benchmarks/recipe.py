@@ -22,13 +22,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from common import (device, header, machine, mean_and_each, once, parser_of,
                     process_pool, row, write_page)
-from loops import Images, run_steps, uniform_timesteps
+from loops import Images, QuietRun, run_steps, uniform_timesteps
 from measure import (JUDGES, about_distance, classifier, distance_to_test, draw, mnist,
                      training_distance)
 
 from model import U_net
 from noise import NoiseScheduler
-from training import Run, bf16_is_native
+from training import bf16_is_native
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,10 @@ def train(recipe: Recipe, seconds: float, looks: tuple[float, ...] = (1.0,),
         return cosine if recipe.decay == "cosine" else 1
 
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(model, Images(mnist("train")), batch_size=recipe.batch_size,
-                  learning_rate=recipe.learning_rate, num_epochs=10**6, seed=seed,
-                  save_dir=folder, decay=recipe.ema,
-                  precision="bf16" if recipe.bf16 else "fp32")
+        run = QuietRun(model, Images(mnist("train")), batch_size=recipe.batch_size,
+                       learning_rate=recipe.learning_rate, num_epochs=10**6, seed=seed,
+                       save_dir=folder, decay=recipe.ema,
+                       precision="bf16" if recipe.bf16 else "fp32")
         run.lr_schedule = LambdaLR(run.optimizer, factor)  # of the time, not the step
         timesteps = stratified_timesteps if recipe.stratified else uniform_timesteps
         steps = run_steps(run, loss_function(recipe, model, scheduler), timesteps)

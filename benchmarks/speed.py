@@ -27,13 +27,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from common import ROOT, device, header, once, parser_of, row, write_page
-from loops import Batch, Images, plain_loss, plain_steps, run_steps, wait
+from loops import (Batch, Images, QuietRun, plain_loss, plain_steps, run_steps,
+                   wait)
 from measure import mnist
 
 from checkpoint import load_checkpoint
 from model import U_net
 from noise import NoiseScheduler, gaussian_noise, image_generators
-from training import Run, bf16_is_native
+from training import bf16_is_native
 
 LADDER = {"plain loop": {}, "+ pixels decoded once": {"cached": True},
           "+ channels_last": {"channels_last": True}, "+ bf16": {"bf16": True},
@@ -101,12 +102,12 @@ def plain_seconds(data: Images | Files, batch_size: int, count: int,
 
 
 def our_run(pixels: Tensor, batch_size: int, steps: int, folder: str, seed: int = 0,
-            ) -> tuple[Run, Iterator[None]]:
+            ) -> tuple[QuietRun, Iterator[None]]:
     """A run of the simple network through so many steps, and its loop."""
     torch.manual_seed(seed)
     model, epochs = U_net(device), -(-steps * batch_size // len(pixels))
-    run = Run(model, Images(pixels), batch_size=batch_size, learning_rate=1e-3,
-              num_epochs=epochs, seed=seed, save_dir=folder)
+    run = QuietRun(model, Images(pixels), batch_size=batch_size, learning_rate=1e-3,
+                   num_epochs=epochs, seed=seed, save_dir=folder)
     return run, run_steps(run, plain_loss(model, NoiseScheduler(device=device)))
 
 

@@ -11,14 +11,13 @@ from itertools import islice
 from time import perf_counter
 
 from common import device, header, parser_of, row, write_page
-from loops import Images, plain_loss, plain_steps, run_steps, wait
+from loops import Images, QuietRun, plain_loss, plain_steps, run_steps, wait
 from measure import mnist, mnist_labels
 from recipe import LARGE
 
 import training
 from model import U_net
 from noise import NoiseScheduler
-from training import Run
 
 NETWORKS = {"simple": {}, "larger": LARGE}
 WARM_UP = 20  # steps that are not counted: the fourth is the one that is recorded
@@ -57,8 +56,8 @@ def run_rate(network: dict, batch_size: int, count: int, how: str) -> float:
     if how == "plain":
         training.recorded = lambda step: step
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(model, digits(), batch_size=batch_size, learning_rate=1e-3,
-                  num_epochs=1000, seed=0, save_dir=folder, use_labels=True)
+        run = QuietRun(model, digits(), batch_size=batch_size, learning_rate=1e-3,
+                       num_epochs=1000, seed=0, save_dir=folder, use_labels=True)
         steps = run_steps(run, plain_loss(model, NoiseScheduler(device=device)))
         found = rate(steps, batch_size, count)
     training.COMPILE_PAYS, training.recorded = kept

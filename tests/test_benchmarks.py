@@ -20,7 +20,7 @@ import measure  # noqa: E402
 import quality  # noqa: E402
 import recipe as recipes  # noqa: E402
 from common import command, mean_and_each, once, write_page  # noqa: E402
-from loops import Images, plain_loss, plain_steps, run_steps  # noqa: E402
+from loops import Images, QuietRun, plain_loss, plain_steps, run_steps  # noqa: E402
 from measure import (Classifier, draw, drawn_once, frechet_distance,  # noqa: E402
                      guide_of, loss_on_test_images, predictor, right_digits, unclear)
 from quality import (kernel_distance, manifold_measures, nearest,  # noqa: E402
@@ -353,8 +353,8 @@ def test_the_learning_rate_of_a_recipe_is_that_of_the_time(decay, monkeypatch):
     tick = partial(next, clock)
     monkeypatch.setattr(recipes, "time",
                         SimpleNamespace(process_time=tick, perf_counter=tick))
-    monkeypatch.setattr(recipes, "Run", lambda *args, **options: runs.append(
-        Run(*args, **options)) or runs[-1])
+    monkeypatch.setattr(recipes, "QuietRun", lambda *args, **options: runs.append(
+        QuietRun(*args, **options)) or runs[-1])
     recipe = Recipe(network={"widths": (8,)}, batch_size=4, learning_rate=0.002,
                     decay=decay)
     rates = []

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image
 
 import training
@@ -276,7 +276,13 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     other = FileLock(tmp_path / "run" / ".lock")  # not the run's own object: another process's
     with other, pytest.raises(ValueError, match="save_dir .*run: another run is writing there"):
         run_in(tmp_path / "run")
-    run_in(tmp_path / "run")
+    run = run_in(tmp_path / "run")
+    with pytest.raises(Timeout):
+        other.acquire(timeout=0)
+    run = run_in(tmp_path / "run")  # the same process may begin again, as when a cell is run twice
+    with pytest.raises(Timeout):
+        other.acquire(timeout=0)
+    del run
 
 
 def test_a_folder_that_cannot_be_made_is_said_before_training(tmp_path):
