@@ -117,7 +117,10 @@ def loss_function(recipe: Recipe, model: U_net, scheduler: NoiseScheduler,
         weight = snr.clamp(max=recipe.min_snr)
         weight = weight / (snr if recipe.target == "noise" else snr + 1)
 
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+
     def loss_of(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        x0, noise = (x.clone(memory_format=layout) for x in (x0, noise))
         prediction = model(scheduler.add_noise(x0, noise, t), t)
         alpha_bar = scheduler.alpha_bar[t].view(-1, 1, 1, 1)
         target = noise if recipe.target == "noise" else velocity(x0, noise, alpha_bar)
