@@ -16,9 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-Generators = torch.Generator | list[torch.Generator] | None
+from recorded import recorded
+
 Predictor = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> predicted noise: a network
 SAMPLERS = ("ddpm", "ddim", "dpm_solver")
+BLOCK = 64  # images that share a random stream
+RECORDING_PAYS = 6  # steps of a walk, from which on a GPU it is quicker to record the first ones
 
 
 def random_stream(*numbers: int, device: str | torch.device = "cpu") -> torch.Generator:
@@ -30,9 +33,39 @@ def random_stream(*numbers: int, device: str | torch.device = "cpu") -> torch.Ge
     return torch.Generator(device).manual_seed(int(state))
 
 
-def image_generators(seed: int, images: range) -> list[torch.Generator]:
-    """One random stream for each image of `seed`: image i is then the same in a batch of any size."""
-    return [random_stream(seed, i) for i in images]
+class ImageStreams:
+    """The random streams of images of one seed; image i gets the same noise whatever is drawn with it.
+
+    The images share a stream by the 64. Noise is drawn for all 64, and what was not asked for is dropped:
+    for a thousand images that costs as much as one stream for all of them.
+    """
+
+    def __init__(self, seed: int, images: range, device: str | torch.device = "cpu"):
+        blocks = range(images.start // BLOCK, -(-images.stop // BLOCK))
+        self.images, self.first = images, images.start - blocks.start * BLOCK
+        self.streams = [random_stream(seed, block, device=device) for block in blocks]
+
+    def normal(self, like: Tensor) -> Tensor:
+        """The next standard normal noise of each image, (len(images), ...), like `like` (B, ...)."""
+        device = self.streams[0].device
+        noise = torch.empty(len(self.streams), BLOCK, *like.shape[1:], dtype=like.dtype, device=device)
+        for block, stream in zip(noise, self.streams):
+            block.normal_(generator=stream)
+        return noise.flatten(0, 1)[self.first:self.first + len(self.images)]
+
+
+Generators = torch.Generator | ImageStreams | None
+
+
+def image_generators(seed: int, images: range, device: str | torch.device = "cpu") -> ImageStreams:
+    """The random streams of the images of `seed` with these numbers, for `gaussian_noise` and the samplers.
+
+    images: consecutive numbers from 0, at least one. device: where they draw; another one draws others.
+    Raises ValueError for other numbers.
+    """
+    if not len(images) or images.start < 0 or images.step != 1:
+        raise ValueError(f"images {images}: must be a range of consecutive numbers from 0")
+    return ImageStreams(seed, images, device)
 
 
 def image_labels(label: str | int | list | None, seed: int, images: range, classes: list[str],
@@ -64,18 +97,16 @@ def image_labels(label: str | int | list | None, seed: int, images: range, class
 def gaussian_noise(like: Tensor, generator: Generators = None) -> Tensor:
     """Standard normal noise of the shape, type and device of `like` (B, ...).
 
-    generator: None for the global stream, one generator for the whole batch, or a list with one for
-    each image. Raises ValueError where the list is not as long as the batch.
+    generator: None for the global stream, a generator for the whole batch, or `image_generators` of B
+    images. Raises ValueError where these are not B.
     """
-    def draw(shape, generator):
-        device = like.device if generator is None else generator.device
-        return torch.randn(shape, generator=generator, dtype=like.dtype, device=device)
-
-    if not isinstance(generator, list):
-        return draw(like.shape, generator).to(like.device)
-    if len(generator) != len(like):
-        raise ValueError(f"{len(generator)} generators for {len(like)} images: pass one for each image")
-    return torch.stack([draw(like.shape[1:], g) for g in generator]).to(like.device)
+    if isinstance(generator, ImageStreams):
+        if len(generator.images) != len(like):
+            raise ValueError(f"the streams of {len(generator.images)} images for {len(like)}: pass those of "
+                             "the images of this batch")
+        return generator.normal(like).to(like.device)
+    device = like.device if generator is None else generator.device
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
 
 
 def autoguided(model: Predictor, guide: Predictor, guidance: float) -> Predictor:
@@ -253,6 +284,8 @@ class NoiseScheduler(nn.Module):
 
     @torch.no_grad()
     def _steps(self, model, xt, timesteps, step, generator):
+        if xt.is_cuda and len(timesteps) > RECORDING_PAYS:  # a small network waits for its launches there
+            model = recorded(model, plain_calls=1)
         for t, s in pairwise(timesteps):
             noise_pred = model(xt, torch.full((len(xt),), t, device=xt.device)).to(xt.dtype)
             xt = step(xt, noise_pred, t, s, generator=generator)

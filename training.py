@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 
 from checkpoint import load_checkpoint, save_checkpoint
 from noise import random_stream
+from recorded import recorded
 
 PRECISIONS = ("auto", "fp32", "bf16")
 ORDER, DRAWS = 0, 1  # which random stream of a seed: the order of the images, or what a step draws
@@ -210,8 +211,10 @@ class Run:
         self.rng = torch.Generator(self.device)
         self._loss_of, self._pending, self._meet_at = None, [], 0
         self._pixels, self._labels = data.pixels, data.labels if use_labels else None
-        if self.device == "cuda" and data.pixels.nbytes < torch.cuda.mem_get_info()[0] / 2:
-            self._pixels = data.pixels.to(self.device)
+        if self.device == "cuda":
+            self._copies = torch.cuda.Stream()
+            if data.pixels.nbytes < torch.cuda.mem_get_info()[0] / 2:
+                self._pixels = data.pixels.to(self.device)
         print(self)
 
     def __str__(self) -> str:
@@ -272,9 +275,13 @@ class Run:
         return pixels.float() / 127.5 - 1, labels
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        if self.device == "cuda" and tensor.device.type == "cpu":
-            return tensor.pin_memory().to(self.device, non_blocking=True)  # while the last step goes on
-        return tensor.to(self.device)
+        if self.device != "cuda" or tensor.device.type != "cpu":
+            return tensor.to(self.device)
+        with torch.cuda.stream(self._copies):  # a queue of its own: while the last step goes on
+            copy = tensor.pin_memory().to(self.device, non_blocking=True)
+        torch.cuda.current_stream().wait_stream(self._copies)
+        copy.record_stream(torch.cuda.current_stream())
+        return copy
 
     def step(self, loss_of: Callable[..., Tensor], *batch: Tensor | None) -> None:
         """One step of training: gradient, clipped at a norm of 1, AdamW, learning rate, average.
@@ -532,47 +539,6 @@ class Run:
 def digest(pixels: Tensor) -> str:
     """A short name for pixels: the same for the same images, wherever they lie."""
     return hashlib.blake2b(pixels.contiguous().numpy(), digest_size=8).hexdigest()
-
-
-def recorded(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The step as a CUDA graph: recorded once and replayed, so that a thousand launches become one.
-
-    The first three calls are plain steps, after which all that is made once is made. What cannot be
-    recorded stays plain, with a line that says why.
-    """
-    side, calls, replay = torch.cuda.Stream(), 0, None
-
-    def record(*batch):
-        inputs = [x if x is None else x.clone() for x in batch]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = step(*inputs)
-
-        def replay(*batch):
-            for mine, given in zip(inputs, batch):
-                if given is not None:
-                    mine.copy_(given)
-            graph.replay()
-            return result.clone()
-        return replay
-
-    def run(*batch):
-        nonlocal calls, replay
-        calls += 1
-        if calls <= 3:  # on a stream of their own, as torch.cuda.graph asks
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                result = step(*batch)
-            torch.cuda.current_stream().wait_stream(side)
-            return result
-        if replay is None:
-            try:
-                replay = record(*batch)
-            except RuntimeError as error:
-                print(f"plain steps, since this one cannot be recorded: {str(error).splitlines()[0]}")
-                replay = step
-        return replay(*batch)
-    return run
 
 
 def strip_of(previews: list[tuple[int, Image.Image]]) -> plt.Figure:

@@ -6,9 +6,11 @@ import json
 import multiprocessing
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 
@@ -36,6 +38,15 @@ def machine() -> str:
     threads = torch.get_num_threads()
     return (f"{threads} thread{'s' * (threads > 1)} on {name} "
             f"({torch.backends.cpu.get_cpu_capability()}), torch {torch.__version__}")
+
+
+def commit() -> str:
+    """The commit of the code at hand, shortened; "-" where there is no history."""
+    with suppress(OSError):  # no git
+        git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+        found = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        return found or "-"
+    return "-"
 
 
 def parser_of(description: str) -> argparse.ArgumentParser:

@@ -165,7 +165,7 @@ def draw(model: U_net, images: range, seed: int, num_steps: int,
     for first in tqdm(range(0, len(images), batch_size), name, leave=False):
         batch = images[first:first + batch_size]
         asked = None if labels is None else labels[first:first + batch_size].to(device)
-        generators = image_generators(seed, batch)
+        generators = image_generators(seed, batch, device)
         xt = gaussian_noise(torch.empty(len(batch), *shape, device=device), generators)
         predict = predictor(model, asked, guide, guidance)
         with autocast(device, precision):

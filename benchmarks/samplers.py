@@ -2,7 +2,7 @@
 
     python benchmarks/samplers.py Save_model/model_DDPM_large.pth
 
-Writes benchmarks/samplers.md and Assets/samplers.png.
+Writes benchmarks/samplers_MODEL.md and Assets/samplers_MODEL.png.
 """
 
 import argparse
@@ -80,14 +80,14 @@ def main() -> None:
     table += [row(name, steps, evaluations, f"{distance:.2f}")
               for name, steps, evaluations, distance in sorted(found)]
     sets = sorted(map(median, training_distances(args.samples)))
-    write_page("samplers", args, [
+    write_page(f"samplers_{args.model.stem}", args, [
         *about_distance(args.samples),
         f"The {len(sets)} sets are at {sets[0]:.2f} to {sets[-1]:.2f}.", "", *table, "",
         *costs(args, model)], ":")
     curves = {name: [(evaluations, distance)
                      for sampler, _, evaluations, distance in found if sampler == name]
               for name in SAMPLERS}
-    plot_distances("samplers", "evaluations of the network", curves,
+    plot_distances(f"samplers_{args.model.stem}", "evaluations of the network", curves,
                    training_distance(args.samples))
 
 

@@ -13,22 +13,23 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from common import fingerprint, header, machine, once, row, write_page
+from common import device, fingerprint, header, machine, once, row, write_page
 from measure import (about_distance, checkpoint_arguments, distance_to_test, draw,
                      load_model)
 
-from noise import NoiseScheduler
+from noise import NoiseScheduler, random_stream
 
 Walk = Callable[..., Iterator[tuple[int, Tensor]]]
 
 
 def of_diffusers(solver: type, random: bool = False, **options) -> Walk:
     """A walk like `NoiseScheduler.denoise`, by a solver of diffusers."""
+    own = random_stream(0, device=device)  # of torch, which theirs asks for
     @torch.no_grad()
-    def denoise(model, xt, num_steps, sampler, generator):
+    def denoise(model, xt, num_steps, sampler, generators):
         walk = solver(timestep_spacing="trailing", **options)
         walk.set_timesteps(num_steps)
-        extra = {"generator": generator} if random else {}
+        extra = {"generator": own} if random else {}
         for t in walk.timesteps:
             noise_pred = model(xt, t.expand(len(xt)).to(xt.device)).to(xt.dtype)
             with torch.autocast(xt.device.type, enabled=False):  # of the solver
@@ -38,7 +39,7 @@ def of_diffusers(solver: type, random: bool = False, **options) -> Walk:
 
 
 @torch.no_grad()
-def ipndm(model: Callable, xt: Tensor, num_steps: int, sampler: str, generator: list,
+def ipndm(model: Callable, xt: Tensor, num_steps: int, sampler: str, generators,
           ) -> Iterator[tuple[int, Tensor]]:
     """iPNDM (Zhang and Chen 2022): the step of DDIM by the noise that Adams and
     Bashforth see in the last four."""

@@ -129,7 +129,7 @@ def sampling_seconds(count: int, steps: int, batch_size: int, *, channels_last=F
     model = torch.compile(network) if compiled else network
     scheduler, took = NoiseScheduler(device=device), 0.0
     for first in range(0, count, batch_size):
-        generators = image_generators(0, range(first, first + batch_size))
+        generators = image_generators(0, range(first, first + batch_size), device)
         xt = torch.empty(batch_size, 1, 28, 28, device=device)
         walk = scheduler.denoise(model, gaussian_noise(xt, generators), 1000, "ddpm",
                                  generators)

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from model import U_net
 from noise import SAMPLERS, NoiseScheduler, autoguided, gaussian_noise, image_generators, image_labels
 
 
@@ -353,16 +354,63 @@ def test_timesteps_fall_strictly_from_the_last_to_the_clean_image(scheduler, sam
     assert times + [-1] == [999] + yielded and all(t > s for t, s in zip(times, yielded))
 
 
+def draw_images(images, sampler, eta=None, device="cpu"):
+    """Images of seed 3 in ten steps by a network that mixes no two images."""
+    scheduler, generators = NoiseScheduler(device=device), image_generators(3, images, device)
+    xt = gaussian_noise(torch.empty(len(images), 1, 8, 8, device=device), generators)
+    *_, (_, x0) = scheduler.denoise(lambda x, t: x.tanh(), xt, 10, sampler, generators, eta=eta)
+    return x0
+
+
 @pytest.mark.parametrize("sampler, eta", [("ddpm", None), ("ddim", 0), ("ddim", 1.0), ("dpm_solver", None)])
-def test_an_image_is_the_same_in_a_batch_of_any_size(scheduler, sampler, eta):
-    def draw(images):
-        generators = image_generators(3, images)
-        xt = gaussian_noise(torch.empty(len(images), 1, 8, 8), generators)
-        *_, (_, x0) = scheduler.denoise(lambda x, t: x.tanh(), xt, 10, sampler, generators, eta=eta)
+@pytest.mark.parametrize("images", [range(5, 6), range(60, 70), range(64, 128), range(3, 150)])
+def test_an_image_is_the_same_in_a_batch_of_any_size(sampler, eta, images):
+    many = draw_images(range(150), sampler, eta)
+    alone = draw_images(images, sampler, eta)
+    torch.testing.assert_close(alone, many[images.start:images.stop], rtol=0, atol=1e-6)
+    assert len(many.unique(dim=0)) == 150  # and no two are the same
+
+
+def test_on_a_gpu_too_an_image_is_the_same_in_a_batch_of_any_size(cuda):
+    many = draw_images(range(150), "dpm_solver", device=cuda)
+    torch.testing.assert_close(draw_images(range(60, 70), "dpm_solver", device=cuda), many[60:70],
+                               rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_recorded_walk_is_the_plain_one(cuda, monkeypatch, sampler, bf16):
+    torch.manual_seed(0)
+    model = U_net(cuda, t_dim=8, widths=(8, 16)).eval()
+
+    def draw():
+        generators = image_generators(0, range(3), cuda)
+        xt = gaussian_noise(torch.empty(3, 1, 16, 16, device=cuda), generators)
+        with torch.autocast(cuda, torch.bfloat16, enabled=bf16):
+            *_, (_, x0) = NoiseScheduler(device=cuda).denoise(model, xt, 12, sampler, generators)
         return x0
-    many = draw(range(8))
-    torch.testing.assert_close(draw(range(5, 6)), many[5:6], rtol=0, atol=1e-6)
-    assert (many[0] - many[1]).abs().max() > 0.1
+    recorded = draw()
+    monkeypatch.setattr("noise.recorded", lambda model, plain_calls: model)
+    assert torch.equal(draw(), recorded) and recorded.isfinite().all()
+
+
+def test_the_noise_of_images_is_standard_normal_and_each_has_its_own():
+    """Kolmogorov's distance to the normal distribution, and no correlation between two images or two draws."""
+    generators = image_generators(0, range(30, 130))
+    draws = torch.stack([gaussian_noise(torch.empty(100, 1, 16, 16), generators) for _ in range(2)])
+    values = draws.double().flatten().sort().values
+    expected = torch.special.ndtr(values)
+    steps = torch.arange(len(values)) / len(values)
+    assert (expected - steps).abs().max() < 1.95 / len(values)**0.5  # by chance once in a thousand
+    rows = draws.double().flatten(2).flatten(0, 1)
+    correlation = torch.corrcoef(rows) - torch.eye(200)
+    assert correlation.abs().max() < 6 / 256**0.5
+
+
+@pytest.mark.parametrize("images", [range(0), range(-1, 3), range(0, 10, 2)])
+def test_numbers_of_images_that_are_none_are_refused(images):
+    with pytest.raises(ValueError, match="must be a range of consecutive numbers from 0"):
+        image_generators(0, images)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -382,8 +430,8 @@ def test_a_prediction_that_is_not_finite_is_refused(scheduler):
         list(scheduler.denoise(lambda x, t: x * float("nan"), torch.zeros(1, 1, 8, 8), 5))
 
 
-def test_too_few_generators_are_refused():
-    with pytest.raises(ValueError, match="1 generators for 2 images"):
+def test_the_streams_of_other_images_are_refused():
+    with pytest.raises(ValueError, match="streams of 1 images for 2"):
         gaussian_noise(torch.empty(2, 1, 8, 8), image_generators(0, range(1)))
 
 

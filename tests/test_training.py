@@ -13,14 +13,10 @@ from PIL import Image
 import training
 from checkpoint import load_checkpoint, save_checkpoint
 from model import U_net
+from recorded import recorded
 from training import Run, autocast, hold_signals, shuffled_epochs
 
 IMAGES, CLASSES = 40, 2
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available=False: None)
 
 
 class Data:
@@ -392,23 +388,45 @@ def test_bf16_is_chosen_by_what_the_processor_is(monkeypatch, has, expected):
             assert torch.is_autocast_enabled("cpu") == (name == "bf16")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_recorded_step_is_the_plain_one(tmp_path, monkeypatch):
-    def on_gpu(folder):
-        torch.manual_seed(0)
-        model = U_net("cuda", t_dim=8, widths=(8,), num_classes=CLASSES)
-        run = Run(model, Data(), batch_size=8, learning_rate=1e-3, num_epochs=4, seed=0, use_labels=True,
-                  save_dir=folder)
+def losses_on_gpu(folder, until=None, **arguments):
+    """The losses of a run of twenty steps on the GPU, or of as many as there are before it is stopped."""
+    torch.manual_seed(0)
+    model = U_net("cuda", t_dim=8, widths=(8,), num_classes=CLASSES)
+    run = Run(model, Data(), batch_size=8, learning_rate=1e-3, num_epochs=4, seed=0, use_labels=True,
+              save_dir=folder, **arguments)
 
-        def loss_of(x0, noise, t, label):
-            return (model(x0 + noise, t, label) - noise).square().mean()
-        for x0, label in run.batches():
-            noise = torch.randn(x0.shape, generator=run.rng, device="cuda")
-            run.step(loss_of, x0, noise, torch.full((8,), 50, device="cuda"), label)
-        return run.losses
-    recorded = on_gpu(tmp_path / "recorded")
+    def loss_of(x0, noise, t, label):
+        return (model(x0 + noise, t, label) - noise).square().mean()
+    for x0, label in run.batches():
+        noise = torch.randn(x0.shape, generator=run.rng, device="cuda")
+        if run.steps + 1 == until:
+            run._meet_at = 0  # look at once
+            signal.raise_signal(signal.SIGINT)
+        run.step(loss_of, x0, noise, torch.full((8,), 50, device="cuda"), label)
+    run._lock.release()
+    return run.losses
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_recorded_step_is_the_plain_one(cuda, tmp_path, monkeypatch, precision):
+    recorded = losses_on_gpu(tmp_path / "recorded", precision=precision)
     monkeypatch.setattr(training, "recorded", lambda step: step)
-    assert on_gpu(tmp_path / "plain") == recorded
+    assert losses_on_gpu(tmp_path / "plain", precision=precision) == recorded and len(recorded) == 20
+
+
+def test_on_a_gpu_a_resumed_run_is_the_one_that_never_stopped(cuda, tmp_path):
+    whole = losses_on_gpu(tmp_path / "whole")
+    first = losses_on_gpu(tmp_path / "stopped", until=11)
+    assert len(first) == 11 and losses_on_gpu(tmp_path / "stopped", resume=True) == whole
+
+
+def test_a_step_that_cannot_be_recorded_stays_plain(cuda, capsys):
+    def looks_at_a_number(x):
+        return x * x.sum().item()
+    twice = recorded(looks_at_a_number, plain_calls=1)
+    assert [twice(torch.full((2,), value, device=cuda)).tolist() for value in (1.0, 2.0, 3.0)] == [
+        [2.0, 2.0], [8.0, 8.0], [18.0, 18.0]]
+    assert "not recorded as a CUDA graph" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(os.name != "posix", reason="reads the environment of torchrun")

@@ -1,0 +1,57 @@
+"""A function of tensors recorded once as a CUDA graph and replayed, so that a thousand launches become one."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., Tensor]  # of tensors, or None, of always the same shapes
+
+
+def recorded(function: Function, plain_calls: int = 3) -> Function:
+    """The function, which from its call number plain_calls + 1 on is a CUDA graph.
+
+    The first calls are plain, after which all that is made once is made (an optimizer's state, the choice of
+    an algorithm). What cannot be recorded stays plain, with a line that says why.
+    """
+    side, calls, replay = torch.cuda.Stream(), 0, None
+
+    def run(*given: Tensor | None) -> Tensor:
+        nonlocal calls, replay
+        calls += 1
+        if calls <= plain_calls:  # on a stream of their own, as torch.cuda.graph asks
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                result = function(*given)
+            torch.cuda.current_stream().wait_stream(side)
+            return result
+        if replay is None:
+            try:
+                replay = record(function, *given)
+            except RuntimeError as error:
+                print(f"not recorded as a CUDA graph, which is slower: {str(error).splitlines()[0]}")
+                replay = function
+        return replay(*given)
+    return run
+
+
+def record(function: Function, *given: Tensor | None) -> Function:
+    """Records one call; returns the function that copies other tensors into its place and replays it."""
+    inputs = [x if x is None else x.clone() for x in given]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), uncached_autocast():
+        result = function(*inputs)
+
+    def replay(*given: Tensor | None) -> Tensor:
+        for mine, one in zip(inputs, given):
+            if one is not None:
+                mine.copy_(one)
+        graph.replay()
+        return result.clone()
+    return replay
+
+
+def uncached_autocast() -> torch.autocast:
+    """Today's autocast without its cache of cast weights, which a graph would outlive."""
+    return torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"),
+                          cache_enabled=False)
