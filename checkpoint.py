@@ -31,7 +31,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     part, however many write it. Where the block raises, or the disk is full (OSError), the old file is unhurt and nothing
     else is left. What a process leaves that is killed meanwhile is removed by a later call, an hour old or more.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, f".{path.name}.*.tmp")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -75,7 +75,8 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     Only tensors and plain values are read (`weights_only=True`): a pickle that wants to run code is refused.
     Raises FileNotFoundError where there is no file and ValueError where it cannot be read as such a dictionary.
     """
-    if not Path(path).is_file():
+    path = os.path.expanduser(path)
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint; train.ipynb writes one into its save_dir")
     torch.empty(0, device=device)  # a device that is not there fails here, by torch's own message
     with open(path, "rb") as file:

@@ -16,15 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from PIL import Image
 
-WORDS = {"true": True, "false": False, "none": None}  # as they are typed elsewhere
-
-
-def value_of(text: str):
-    """A parameter as typed: a number, list or other literal of Python, or else text."""
-    try:
-        return WORDS[text.lower()] if text.lower() in WORDS else ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
+from parameters import value_of
 
 
 def read_parameters(words: list[str]) -> dict:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from datetime import datetime, timedelta
+from numbers import Integral, Real
 from pathlib import Path
 from statistics import fmean
 
@@ -179,13 +180,15 @@ class Run:
         for name, value, least in (("batch_size", batch_size, 1), ("num_epochs", num_epochs, 1),
                                    ("micro_batch_size", micro_batch_size or batch_size, 1),
                                    ("seed", seed, 0)):
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} {value!r}: must be a whole number of at least {least}")
-        if not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < math.inf:
+        if not isinstance(learning_rate, Real) or not 0 < learning_rate < math.inf:
             raise ValueError(f"learning_rate {learning_rate!r}: must be a number above 0")
+        batch_size, num_epochs, seed = int(batch_size), int(num_epochs), int(seed)  # of numpy, perhaps
+        learning_rate = float(learning_rate)
         if batch_size % self.world:
             raise ValueError(f"batch_size {batch_size}: must be a multiple of the {self.world} processes")
-        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size or batch_size
+        self.batch_size, self.micro_batch_size = batch_size, int(micro_batch_size or batch_size)
         self.seed, self.decay, self.precision = seed, decay, autocast(self.device, precision)
         self.num_images, self.total_steps = len(data), math.ceil(num_epochs * len(data) / batch_size)
         self.settings = {

@@ -5,6 +5,7 @@ import os
 import signal
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock, Timeout
@@ -377,6 +378,22 @@ def test_initial_weights_of_something_else_are_refused(tmp_path):
 def test_bad_values_are_refused_by_name(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         run_in(tmp_path, **arguments)
+
+
+def test_numbers_of_numpy_count_as_numbers(tmp_path):
+    run = run_in(tmp_path, batch_size=np.int64(8), num_epochs=np.int32(2), seed=np.uint8(0),
+                 learning_rate=np.float64(1e-3), micro_batch_size=np.int64(8))
+    assert train(run).losses == train(run_in(tmp_path / "plain", micro_batch_size=8)).losses
+    assert run_in(tmp_path, resume=True).steps == 10  # a state that plain numbers go on from
+
+
+def test_a_batch_of_more_images_than_there_are_shows_each_as_often_as_asked(tmp_path):
+    run, seen = run_in(tmp_path, Data(3), batch_size=8, num_epochs=8, use_labels=False), torch.zeros(3)
+    for x0, _ in run.batches():
+        pixels = ((x0 + 1) * 127.5).round().to(torch.uint8)
+        seen += (pixels[:, None] == run._pixels).all(dim=(2, 3, 4)).sum(dim=0)
+        run.step(loss_by(run), x0, torch.zeros_like(x0), None)
+    assert seen.tolist() == [8, 8, 8]
 
 
 # Device and precision
