@@ -3,7 +3,7 @@
     python run_notebook.py train.ipynb --num_epochs 20 --network '{"widths": [64, 128, 256]}'
     torchrun --nproc-per-node 8 run_notebook.py train.ipynb --batch_size 256
 
-What the notebook would show goes as files into `figures` in its save_dir or output_dir.
+What the notebook would show goes as files into `figures` in its save_dir, or beside its output_dir.
 """
 
 import ast
@@ -16,6 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from PIL import Image
 
+from drawing import figures_folder
 from parameters import value_of
 
 
@@ -78,9 +79,9 @@ def main() -> None:
     parameters = read_parameters(sys.argv[2:])
 
     def save(names, number, picture):
-        folder = names.get("save_dir", names.get("output_dir"))
-        if first and folder is not None:
-            folder = Path(folder).expanduser() / "figures"
+        if first and ("save_dir" in names or "output_dir" in names):
+            folder = (Path(names["save_dir"], "figures") if "save_dir" in names
+                      else figures_folder(names["output_dir"])).expanduser()
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / f"cell_{number}.png"
             plt.savefig(file, bbox_inches="tight") if picture == "figure" else picture.save(file)

@@ -114,6 +114,20 @@ def hold_signals() -> Iterator[Callable[[], bool]]:
         release()
 
 
+@contextmanager
+def enough_memory(name: str, at_once: int) -> Iterator[None]:
+    """Within the block each error of a full memory, of the processor or a GPU, becomes one MemoryError
+    that says which parameter to set below `at_once`, the images that the block takes at once."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
+        full = "out of memory" in str(error) or "allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not full or at_once == 1:
+            raise
+        raise MemoryError(f"{at_once} images at once do not fit in the memory; set {name} below "
+                          f"{at_once}") from error
+
+
 def shuffled_epochs(num_images: int, batch_size: int, seed: int, step: int) -> Iterator[Tensor]:
     """The images of each batch from `step` on, (batch_size,) int64: shuffled epochs, one after the other,
     cut into batches that are always full. The rest of an epoch is joined by the beginning of the next.
@@ -292,15 +306,8 @@ class Run:
         mine = slice(self.rank * share, (self.rank + 1) * share)
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))  # forgets the random start quickly
         self._average_weight.fill_(1 - decay)
-        try:
+        with enough_memory("micro_batch_size", min(self.micro_batch_size, share)):
             self._pending.append(self._step(*(x if x is None else x[mine] for x in batch)))
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            full = "out of memory" in str(error) or "allocate memory" in str(error)
-            at_once = min(self.micro_batch_size, share)
-            if isinstance(error, RuntimeError) and not full or at_once == 1:
-                raise
-            raise MemoryError(f"{at_once} images at once do not fit in the memory of {self.device}; set "
-                              f"micro_batch_size below {at_once}, which computes the same") from error
         self.lr_schedule.step()
         self.steps += 1
 

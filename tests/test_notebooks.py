@@ -28,8 +28,8 @@ PARAMETERS = {
     "train.ipynb": "data_path image_size in_channels labels num_timesteps t_dim network initial_weights "
                    "batch_size micro_batch_size learning_rate num_epochs max_images precision seed "
                    "save_dir resume",
-    "generate_image.ipynb": "model_path num_images label seed output_dir sampler num_steps "
-                            "guidance precision"}
+    "generate_image.ipynb": "model_path num_images first_image label seed output_dir sampler "
+                            "num_steps guidance precision"}
 SMALL = {"data_path": MNIST, "network": {"widths": [16, 32]}, "t_dim": 32, "max_images": 256,
          "num_epochs": 2, "num_timesteps": 100, "batch_size": 64, "precision": "fp32"}
 
@@ -89,7 +89,8 @@ def test_the_readmes_first_command_runs_both_notebooks_in_jupyter(tmp_path):
             [sys.executable, "-m", "jupyter", "execute", "--output=ran", str(tmp_path / name)], text=True,
             env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=300, cwd=ROOT)
         assert finished.returncode == 0, finished.stderr
-    assert {"x_0.png", "x_1.png", "grid.png"} <= set(os.listdir(tmp_path / "images"))
+    assert {"x_0.png", "x_1.png"} == set(os.listdir(tmp_path / "images"))
+    assert {"grid.png", "classes.png"} == set(os.listdir(tmp_path / "images_figures"))
 
 
 def test_a_folder_of_colour_images_with_classes_is_learnt_and_drawn_by_name(tmp_path, capsys):
@@ -137,6 +138,8 @@ def test_a_seed_draws_an_image_again_alone_or_with_others(trained):
     generate(trained, num_images=1)
     alone = np.asarray(Image.open(out / "x_0.png")).astype(int)
     assert abs(alone - four[0]).max() <= 1  # one grey level, of rounding
+    generate(trained, first_image=2, num_images=2)  # writes over two of them
+    assert abs(pixels(out) - four).max() <= 1
     generate(trained, seed=1)
     assert (pixels(out) != four).any()
 
