@@ -43,6 +43,7 @@ ORDER, DRAWS = 0, 1  # which random stream of a seed: the order of the images, o
 SAVE_SECONDS = 120  # between two writes of the state
 FIRST_PREVIEW, PREVIEW_SHARE = 10, 0.04  # seconds; of the time that training takes
 YOUNGEST_GUIDE = 50  # steps: a younger average is nearly noise, and pushing away from it ruins a picture
+LOG_SECONDS = 30  # between two lines of progress in a file
 READ_SECONDS = 0.25  # between two looks at the losses
 DIVERGED = 100  # times the loss of the first step: beyond any doubt
 COMPILE_PAYS = 3e9  # pixels of a run from which torch.compile saves more time than it takes, on an H100
@@ -170,7 +171,7 @@ class Run:
     learning_rate: of AdamW, after a warm-up of a twentieth of the run and before a cosine down to zero.
     num_epochs: how often each image is seen. seed: of the order, the timesteps and the noise.
     save_dir: where `state.pth`, `model.pth` (the averaged weights), `model_guide.pth` (the average early
-    in a long run) and `preview.png` go.
+    in a long run), `preview.png` and `loss.png` go.
     resume: True goes on with the run in save_dir, False begins a new one and sets the old files aside,
     "auto" goes on where there is a run and begins where there is none.
     initial_weights: a checkpoint of the same network to start from.
@@ -277,9 +278,21 @@ class Run:
             print(f"loss {fmean(self.losses[-100:]):.4f} after {self.steps:,} steps and "
                   f"{self.seconds / 60:.1f} minutes; the model is in {self.model_path}")
 
+    def plot_losses(self) -> plt.Figure:
+        """The loss over the images seen, each point the mean of up to a hundred steps."""
+        count = len(self.losses)
+        window, stride = max(1, min(100, count // 10)), max(1, count // 1000)
+        figure, axis = plt.subplots(figsize=(6, 2.5))
+        axis.semilogy(torch.arange(window, count + 1, stride) * self.batch_size,
+                      torch.tensor(self.losses).unfold(0, window, stride).mean(dim=1))
+        axis.set(xlabel="images seen", ylabel="loss (weighted)")
+        return figure
+
     def _progress_bar(self) -> tqdm:
+        seen_live = get_ipython() or sys.stderr.isatty()  # else each look is a line in a log
         return tqdm(total=self.total_steps * self.batch_size, initial=self.images_seen, unit=" images",
-                    unit_scale=True, smoothing=0.1, disable=self.rank > 0)
+                    unit_scale=True, smoothing=0.1, disable=self.rank > 0,
+                    mininterval=0.1 if seen_live else LOG_SECONDS)
 
     def _take_batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         labels = None if self._labels is None else self._to_device(self._labels[index])
@@ -417,23 +430,30 @@ class Run:
                                      f"{losses[0]:.3g}; the files are those of the last save; {remedy}")
 
     def _show(self, preview: Callable[[], Image.Image]) -> None:
-        """Adds a picture to the strip of previews, shows the strip and writes it; an error in it is said
-        and forgotten."""
-        start = time.perf_counter()
-        try:
+        """Adds a picture to the strip of previews, shows the strip and writes it."""
+        def show_strip():
             if not self.previews or self.previews[-1][0] < self.images_seen:
                 self.previews.append((self.images_seen, preview()))
             strip = strip_of(self.previews)
             if get_ipython():  # elsewhere the file is all there is to see
                 self._picture.update(strip)
-            strip.savefig(self.folder / "preview.png", bbox_inches="tight")
-            plt.close(strip)
-        except Exception as error:
-            print(f"no preview after step {self.steps}: {error}")
+            return strip
+        start = time.perf_counter()
+        self._write("preview.png", show_strip)
         self._clock = time.perf_counter()
         cost = self._clock - start
         self.seconds += cost
         self._preview_at = max(1.4 * self.seconds, self.seconds + cost / PREVIEW_SHARE)
+
+    def _write(self, name: str, draw: Callable[[], plt.Figure]) -> None:
+        """Draws a figure and writes it into save_dir. An error in it is said and forgotten."""
+        before = plt.get_fignums()
+        try:
+            draw().savefig(self.folder / name, bbox_inches="tight")
+        except Exception as error:
+            print(f"no {name} after step {self.steps}: {error}")
+        for number in set(plt.get_fignums()) - set(before):
+            plt.close(number)
 
     # The files
 
@@ -510,6 +530,7 @@ class Run:
                             | {name: part.state_dict() for name, part in self._parts().items()},
                             self.state_path)
             self._save_average(self.model_path)
+            self._write("loss.png", self.plot_losses)
         self._saved_at = time.perf_counter()
 
     def _save_average(self, path: Path) -> None:
@@ -523,7 +544,7 @@ class Run:
     def _set_old_files_aside(self) -> None:
         """Moves the files of an old run into a folder of their own, named by their time."""
         names = (*(path.name for path in (self.model_path, self.guide_path, self.state_path)),
-                 "preview.png")
+                 "preview.png", "loss.png")
         old = [self.folder / name for name in names if (self.folder / name).exists()]
         if old:
             last = datetime.fromtimestamp(max(path.stat().st_mtime for path in old))

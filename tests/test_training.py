@@ -5,6 +5,7 @@ import os
 import signal
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -263,6 +264,44 @@ def test_the_first_signal_waits_and_the_second_acts(name):
 
 # The files
 
+def test_the_loss_is_kept_as_a_picture_also_where_the_run_ends_in_an_error(tmp_path, monkeypatch):
+    clock, run = Clock(monkeypatch, step=70.0), run_in(tmp_path, num_epochs=800)
+
+    def fails_late(run):
+        clock.tick(run)
+        if run.steps == 60:
+            raise RuntimeError("late")
+    with pytest.raises(RuntimeError, match="late"):
+        train(run, each=fails_late)
+    assert Image.open(tmp_path / "loss.png").size > (300, 100)
+    (axis,) = run.plot_losses().axes
+    (line,) = axis.lines
+    seen, curve = line.get_data()
+    count = len(run.losses)
+    assert 50 <= count <= 60 and (seen[-1], axis.get_yscale()) == (8 * count, "log")
+    window = count // 10
+    assert curve[-1] == pytest.approx(sum(run.losses[-window:]) / window, rel=1e-5)
+    run.losses = [1.0] * 123_456
+    (line,) = run.plot_losses().axes[0].lines
+    assert 500 < len(line.get_xdata()) < 2000  # quick to draw, whatever the length
+    plt.close("all")
+
+
+def test_a_picture_of_the_loss_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    before = plt.get_fignums()
+    assert train(run_in(tmp_path)).steps == 10
+    assert "no loss.png after step 10: [Errno 28]" in capsys.readouterr().out
+    assert (tmp_path / "model.pth").exists() and plt.get_fignums() == before
+
+
+def test_progress_in_a_log_is_a_line_in_half_a_minute(tmp_path, capsys):
+    train(run_in(tmp_path, num_epochs=8), each=lambda run: setattr(run, "_meet_at", 0))
+    assert 1 <= capsys.readouterr().err.count("images/s") <= 3
+
+
 def test_a_new_run_sets_the_old_files_aside(tmp_path):
     train(run_in(tmp_path))
     before = (tmp_path / "model.pth").read_bytes()
@@ -326,7 +365,7 @@ def test_a_preview_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys
     def preview():
         raise OSError(28, "No space left on device")
     run = train(run_in(tmp_path), preview=preview, each=clock.tick)
-    assert run.steps == 10 and "no preview after step" in capsys.readouterr().out
+    assert run.steps == 10 and "no preview.png after step" in capsys.readouterr().out
 
 
 def test_a_long_run_keeps_its_average_after_a_sixteenth_as_a_guide_and_a_short_one_none(tmp_path):
