@@ -501,21 +501,26 @@ class Run:
 
     def _load(self) -> None:
         state = load_checkpoint(self.state_path, self.device)
-        missing = {"settings", "losses", "optimizer", *self._parts()} - state.keys()
+        missing = {"settings", "losses", "seconds", "earlier", "guide_steps", *self._parts()} - state.keys()
         if missing:
             raise ValueError(f"{self.state_path}: not the state of a run of this version, it has no "
                              f"{', '.join(sorted(missing))}; set resume=False for a new run")
+        theirs = state["settings"]
         for name, value in self.settings.items():
-            if name not in ("num_epochs", "initial_weights") and state["settings"].get(name) != value:
-                raise ValueError(f"{name}: the run in {self.folder} has {state['settings'].get(name)!r}, "
-                                 f"this one has {value!r}; resume with the same, or set resume=False for "
-                                 "a new run")
+            if name not in ("num_epochs", "initial_weights", "pixels") and theirs.get(name) != value:
+                raise ValueError(f"{name}: the run in {self.folder} has {theirs.get(name)!r}, this one has "
+                                 f"{value!r}; resume with the same, or set resume=False for a new run")
+        if theirs.get("pixels") != self.settings["pixels"]:
+            raise ValueError(f"the run in {self.folder} has seen other images; resume with the same, in the "
+                             "same image_size and in_channels, or set resume=False for a new run")
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.losses = state["losses"].tolist()
         self.steps, self.seconds, self.earlier = len(self.losses), state["seconds"], state["earlier"]
         self.guide_steps = state["guide_steps"]
-        self.settings["initial_weights"] = state["settings"]["initial_weights"]
+        self.settings["initial_weights"] = theirs.get("initial_weights")
+        (group,), (factor,) = self.optimizer.param_groups, self.lr_schedule.lr_lambdas
+        group["lr"].fill_(group["initial_lr"] * factor(self.steps))  # another one with other num_epochs
 
     def _parts(self) -> dict:
         return {"model": self.model, "average": self.average, "optimizer": self.optimizer,

@@ -14,6 +14,7 @@ from PIL import Image
 
 import training
 from checkpoint import load_checkpoint, save_checkpoint
+from dataset_loader import ImageDataset
 from model import U_net
 from training import Run, autocast, hold_signals, shuffled_epochs
 
@@ -213,7 +214,9 @@ def test_resume_needs_the_same_run_by_meaning(tmp_path):
     train(run_in(tmp_path))
     for change, message in (({"learning_rate": 0.5}, "learning_rate: the run in .* has 0.001, .* has 0.5"),
                             ({"batch_size": 4}, "batch_size"), ({"seed": 1}, "seed"),
-                            ({"data": Data(seed=1)}, "pixels"), ({"use_labels": False}, "labels")):
+                            ({"data": Data(seed=1)}, "the run in .* has seen other images; resume"),
+                            ({"data": Data(39)}, "num_images: .* has 40, this one has 39"),
+                            ({"use_labels": False}, "labels")):
         with pytest.raises(ValueError, match=message):
             run_in(tmp_path, resume=True, **change)
     with pytest.raises(ValueError, match="widths|network"):
@@ -234,6 +237,68 @@ def test_a_finished_run_trains_on_with_more_epochs(tmp_path):
     assert run.steps == 15
     saved = U_net.from_checkpoint(tmp_path / "model.pth").metadata["training"]
     assert (saved["num_epochs"], saved["steps"], saved["images_seen"]) == (3, 15, 120)
+
+
+def test_the_learning_rate_of_a_finished_run_is_no_longer_zero_where_it_goes_on(tmp_path):
+    train(run_in(tmp_path))
+    run, used = run_in(tmp_path, resume=True, num_epochs=4), []
+    loss_of = loss_by(run)
+    for x0, label in run.batches():
+        used.append(run.optimizer.param_groups[0]["lr"].item())
+        run.step(loss_of, x0, torch.randn(x0.shape), label)
+    expected = [1e-3 * (1 + math.cos(math.pi * step / 20)) / 2 for step in range(10, 20)]
+    assert used == pytest.approx(expected)
+
+
+def test_a_run_that_is_longer_than_asked_for_is_left_as_it_is(tmp_path, capsys):
+    before = weights(train(run_in(tmp_path)).average)
+    run = train(run_in(tmp_path, resume=True, num_epochs=1))
+    assert run.steps == 10 and torch.equal(weights(run.average), before)
+    assert "5 steps of 8 images, 10 of them done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["settings", "losses", "seconds", "earlier", "guide_steps", "model",
+                                 "average", "optimizer", "lr_schedule"])
+def test_a_state_without_something_says_what(tmp_path, key):
+    train(run_in(tmp_path))
+    state = load_checkpoint(tmp_path / "state.pth")
+    del state[key]
+    save_checkpoint(state, tmp_path / "state.pth")
+    with pytest.raises(ValueError, match=f"state.pth: not the state of a run of this version, .* no {key}; "):
+        run_in(tmp_path, resume=True)
+
+
+def test_a_model_in_the_place_of_a_state_is_no_state(tmp_path):
+    train(run_in(tmp_path))
+    (tmp_path / "state.pth").write_bytes((tmp_path / "model.pth").read_bytes())
+    with pytest.raises(ValueError, match="not the state of a run of this version"):
+        run_in(tmp_path, resume=True)
+
+
+def test_a_folder_may_be_spelled_otherwise_or_move_and_the_images_may_not_change(tmp_path, monkeypatch):
+    """As pixels of a folder of images, by its name, by another, and after it moved."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+
+    def paint(folder):
+        folder.mkdir(exist_ok=True)
+        for i in range(IMAGES):
+            Image.fromarray(rng.integers(256, size=(8, 8), dtype=np.uint8)).save(folder / f"{i}.png")
+
+    def goes_on(path, size=8):
+        data = ImageDataset(path, size)
+        return run_in(tmp_path / "run", data, resume=True, use_labels=False).steps == 10
+    paint(tmp_path / "pink")
+    monkeypatch.chdir(tmp_path)
+    train(run_in(tmp_path / "run", ImageDataset("pink", 8), use_labels=False))
+    for path, size in (("pink/", 8), ("./pink", [8, 8]), (tmp_path / "pink", (8, 8))):
+        assert goes_on(path, size)
+    assert run_in("run/", ImageDataset("pink", 8), resume=True, use_labels=False).steps == 10
+    (tmp_path / "pink").rename(tmp_path / "moved")
+    assert goes_on("moved")
+    paint(tmp_path / "moved")  # the same names, all pictures replaced
+    with pytest.raises(ValueError, match="has seen other images"):
+        goes_on("moved")
 
 
 def test_a_restarted_job_goes_on_with_its_own_run_alone(tmp_path, monkeypatch):
