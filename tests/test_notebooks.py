@@ -110,6 +110,29 @@ def test_a_folder_of_colour_images_with_classes_is_learnt_and_drawn_by_name(tmp_
         generate(tmp_path, label="hot")
 
 
+def test_what_was_learnt_by_heart_is_seen_beside_a_test_set(tmp_path):
+    """Eight images of noise can be learnt by heart only. Others of the same kind are then as hard as ever."""
+    rng, folder, legends = np.random.default_rng(0), tmp_path / "images" / "train", []
+    for name, count in (("train", 8), ("test", 40)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(count):
+            picture = np.uint8(255 * rng.integers(2, size=(8, 8)))
+            Image.fromarray(picture).save(tmp_path / "images" / name / f"{i}.png")
+
+    def shown(names, number, picture):
+        if number == 27:
+            (axis,) = plt.gcf().axes
+            legends.append({line.get_label(): len(line.get_xdata()) for line in axis.lines})
+    train(tmp_path, shown, data_path=str(folder), image_size=8, num_epochs=600, batch_size=8,
+          learning_rate=3e-3, max_images=None)
+    (by_heart, eight), (never_seen, forty) = legends[0].items()
+    assert (eight, forty) == (8, 40)
+    assert by_heart.startswith("training images: ") and never_seen.startswith("test images: ")
+    assert float(never_seen.split()[-1]) > 1.5 * float(by_heart.split()[-1])
+    train(tmp_path, shown, data_path=str(folder.parent / "test"), image_size=8, num_epochs=1)
+    assert list(legends[1].values()) == [40]  # no other set: this one alone
+
+
 def test_the_loss_is_the_papers_weighted_by_the_signal_to_noise_ratio(trained):
     names = train(trained, resume=True)
     model, x0, t = names["model"], names["data"][:5], torch.tensor([0, 10, 30, 60, 99])
