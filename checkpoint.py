@@ -78,6 +78,8 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint; train.ipynb writes one into its save_dir")
+    if Path(path).suffix == ".safetensors":
+        raise ValueError(f"{path}: no checkpoint yet; docs/other_tools.md has the lines that make one of it")
     torch.empty(0, device=device)  # a device that is not there fails here, by torch's own message
     with open(path, "rb") as file:
         try:

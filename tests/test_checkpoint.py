@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import time
 from pathlib import Path
 
@@ -194,3 +195,29 @@ def test_a_shipped_checkpoint_draws_the_same_pictures_in_bf16(name, sampler):
     fp32, bf16 = draw(False), draw(True)
     assert not torch.equal(fp32, bf16)
     assert (fp32 - bf16).abs().mean() < 2 / 255  # one grey level: the range is 2
+
+
+def test_safetensors_and_back_by_the_lines_of_the_page(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    page = (Path(__file__).parents[1] / "docs" / "other_tools.md").read_text(encoding="utf-8")
+    there, back = re.findall(r"```python\n(.*?)```", page, re.S)
+    monkeypatch.chdir(tmp_path)
+    model = U_net(t_dim=8, widths=(8, 16), normalise=True, num_classes=2)
+    model.metadata = {"image_size": [28, 32], "classes": ["a", "b"], "noise_schedule": {"num_timesteps": 9}}
+    save_checkpoint(model.state_dict(), "model.pth")
+    exec(there, {})
+    Path("model.pth").unlink()
+    with pytest.raises(ValueError, match="model.safetensors: no checkpoint yet; docs/other_tools.md"):
+        U_net.from_checkpoint("model.safetensors")
+    exec(back, {})
+    again = U_net.from_checkpoint("model.pth")
+    assert again.network == model.network and again.metadata == model.metadata
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
+
+
+def test_bare_tensors_load_into_a_network_built_by_hand(tmp_path):
+    model = U_net(t_dim=8, widths=(8,))
+    bare = {name: tensor for name, tensor in model.state_dict().items() if name != "_extra_state"}
+    other = U_net(t_dim=8, widths=(8,))
+    other.load_state_dict(bare, strict=False)
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters()))
