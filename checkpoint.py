@@ -40,16 +40,28 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened; here its entry, too, must reach the disk
+    with suppress(OSError):  # the folder's entry, too, to the disk, where the system opens and flushes folders
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def replace(old: Path, new: Path, patience: float = 2.0) -> None:
+    """Renames a file over another. Windows refuses this while any program reads the other: tries for so many seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return os.replace(old, new)
+        except PermissionError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def save_checkpoint(state: dict, path: str | os.PathLike) -> None:

@@ -74,6 +74,8 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         sys.exit(__doc__)
     plt.switch_backend("agg")  # which opens no windows
+    for stream in (sys.stdout, sys.stderr):  # names of files may have letters that the terminal lacks
+        stream.reconfigure(errors="backslashreplace")
     sys.path.insert(0, str(Path(sys.argv[1]).resolve().parent))
     first = os.environ.get("RANK", "0") == "0"
     parameters = read_parameters(sys.argv[2:])

@@ -8,12 +8,14 @@ equal to rounding. Another kind of device, or another precision, draws other num
 """
 
 import atexit
+import errno
 import hashlib
 import math
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -46,6 +48,7 @@ YOUNGEST_GUIDE = 50  # steps: a younger average is nearly noise, and pushing awa
 LOG_SECONDS = 30  # between two lines of progress in a file
 READ_SECONDS = 0.25  # between two looks at the losses
 DIVERGED = 100  # times the loss of the first step: beyond any doubt
+NO_LOCKS = (None, errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP)  # of some mounted disks
 COMPILE_PAYS = 3e9  # pixels of a run from which torch.compile saves more time than it takes, on an H100
 
 
@@ -56,6 +59,8 @@ def choose_device() -> str:
     its number, and all but the first print nothing.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if "LOCAL_RANK" in os.environ and accelerator is not None and accelerator.type == "mps":
+        accelerator = None  # nothing connects Apple's GPUs
     device = "cpu" if accelerator is None else accelerator.type
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         if accelerator is not None:
@@ -63,7 +68,7 @@ def choose_device() -> str:
         dist.init_process_group(timeout=timedelta(hours=6))  # others wait while one decodes a folder
         atexit.register(dist.destroy_process_group)
         if dist.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
     return device
 
 
@@ -94,20 +99,20 @@ def hold_signals() -> Iterator[Callable[[], bool]]:
     """Within the block the first Ctrl-C (or Jupyter's Stop), SIGTERM or SIGHUP only raises a flag.
 
     Yields a function that says whether one has come, so that a loop can finish its step, save, and stop.
-    A second one acts as always. Works in the main thread alone.
+    A second one acts as always. Outside the main thread, where Python cannot hold them, all act as always.
     """
     came, before = [], {}
 
     def release():
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not of Python
 
     def note(*_):
         came.append(True)
         release()
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
-        if hasattr(signal, name):
+        if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
             before[getattr(signal, name)] = signal.signal(getattr(signal, name), note)
     try:
         yield lambda: bool(came)
@@ -467,6 +472,10 @@ class Run:
             except Timeout:
                 raise ValueError(f"save_dir {self.folder}: another run is writing there; choose another "
                                  "folder, or end that run") from None
+            except (NotImplementedError, OSError) as error:
+                if getattr(error, "errno", None) not in NO_LOCKS:
+                    raise
+                print(f"{self.folder} is on a disk without locks: start no second run in it")
 
     def _start_from(self, path: Path) -> None:
         """Loads initial weights; their guide goes along, since this run's own would be no early network."""
@@ -554,7 +563,9 @@ class Run:
         if old:
             last = datetime.fromtimestamp(max(path.stat().st_mtime for path in old))
             aside = self.folder / f"{last:%Y%m%d-%H%M%S}"
-            aside.mkdir(exist_ok=True)
+            while aside.exists():  # of a run that ended in the same second
+                aside = aside.with_name(f"{aside.name}+")
+            aside.mkdir()
             for path in old:
                 path.rename(aside / path.name)
         initial = self.settings["initial_weights"]

@@ -110,6 +110,47 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.pth"]
 
 
+def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch):
+    """As on Windows, where a folder cannot be opened, and on some mounted disks."""
+    flush, flushed = os.fsync, []
+
+    def of_files_alone(number):
+        if os.path.stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(22, "Invalid argument")
+        flushed.append(number)
+        flush(number)
+    monkeypatch.setattr(os, "fsync", of_files_alone)
+    save_checkpoint({"epoch": 1}, tmp_path / "model.pth")
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(os, "open", refused)
+    save_checkpoint({"epoch": 2}, tmp_path / "model.pth")
+    assert load_checkpoint(tmp_path / "model.pth") == {"epoch": 2} and len(flushed) == 2
+
+
+def test_a_save_waits_for_a_reader_where_the_system_refuses_to_replace_its_file(tmp_path, monkeypatch):
+    """As Windows does: two tries fail, or all."""
+    path, replace, tries = tmp_path / "model.pth", os.replace, []
+    save_checkpoint({"epoch": 1}, path)
+
+    def busy(old, new):
+        tries.append(new)
+        if len(tries) < 3:
+            raise PermissionError(13, "Access is denied")
+        replace(old, new)
+    monkeypatch.setattr(os, "replace", busy)
+    save_checkpoint({"epoch": 2}, path)
+    assert load_checkpoint(path) == {"epoch": 2} and len(tries) == 3
+
+    def always_busy(*_):
+        raise PermissionError(13, "Access is denied")
+    monkeypatch.setattr(os, "replace", always_busy)
+    with pytest.raises(PermissionError):
+        save_checkpoint({"epoch": 3}, path)
+    assert load_checkpoint(path) == {"epoch": 2} and os.listdir(tmp_path) == ["model.pth"]
+
+
 def save_forever(path, started):
     torch.set_num_threads(1)  # the threads of the parent are not in its fork
     for number in itertools.count():

@@ -1,8 +1,13 @@
 """What surrounds the loop: the step, the stream of batches, the files of a run."""
 
+import ast
+import errno
 import math
 import os
+import re
 import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -327,6 +332,28 @@ def test_the_first_signal_waits_and_the_second_acts(name):
         signal.signal(number, before)
 
 
+def test_signals_that_a_system_lacks_or_that_are_not_of_python_are_left_out(monkeypatch):
+    """As on Windows, which has no SIGHUP; and in a program whose handler is written in C."""
+    monkeypatch.delattr(signal, "SIGHUP", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    with hold_signals() as stopped:
+        signal.raise_signal(signal.SIGTERM)
+        assert stopped()
+    assert signal.getsignal(signal.SIGTERM) == before
+    set_handler = signal.signal
+    monkeypatch.setattr(signal, "signal", lambda number, handler: set_handler(number, handler) and None)
+    with hold_signals() as stopped:
+        assert not stopped()
+    set_handler(signal.SIGTERM, before)
+    set_handler(signal.SIGINT, signal.default_int_handler)
+
+
+def test_outside_the_main_thread_a_run_trains_without_holding_signals(tmp_path):
+    run = run_in(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train, run).result().steps == 10
+
+
 # The files
 
 def test_the_loss_is_kept_as_a_picture_also_where_the_run_ends_in_an_error(tmp_path, monkeypatch):
@@ -388,6 +415,47 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     with pytest.raises(Timeout):
         other.acquire(timeout=0)
     del run
+
+
+def test_two_old_runs_of_the_same_second_are_both_kept(tmp_path):
+    for seed in (0, 1, 2):
+        run = train(run_in(tmp_path, seed=seed))
+        for path in (run.model_path, run.state_path):
+            os.utime(path, (1e9, 1e9))
+        for name in ("loss.png", "preview.png"):
+            (tmp_path / name).unlink(missing_ok=True)
+    asides = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert len(asides) == 2
+    assert {load_checkpoint(aside / "state.pth")["settings"]["seed"] for aside in asides} == {0, 1}
+
+
+@pytest.mark.parametrize("number, locks", [(errno.EOPNOTSUPP, False), (errno.ENOLCK, False),
+                                           (errno.EACCES, True), (errno.EROFS, True)])
+def test_a_disk_without_locks_is_said_and_one_that_cannot_be_written_ends_it(tmp_path, monkeypatch, capsys,
+                                                                             number, locks):
+    def refuse(self):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    if locks:
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            run_in(tmp_path)
+    else:
+        assert train(run_in(tmp_path)).steps == 10
+        assert "is on a disk without locks: start no second run in it" in capsys.readouterr().out
+
+
+def test_no_module_uses_what_one_system_alone_has():
+    """Attributes of `os` and `signal`: those of the list exist on Windows as well."""
+    everywhere = {"environ", "path", "PathLike", "name", "sep", "replace", "open", "close", "fsync", "devnull",
+                  "walk", "stat", "makedirs", "O_RDONLY", "signal", "SIG_DFL", "getcwd", "fspath"}
+    used = set()
+    for path in Path(training.__file__).parent.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        modules = [name for name in ("os", "signal") if f"import {name}\n" in text]
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in modules:
+                used.add(node.attr)
+    assert "replace" in used and used <= everywhere
 
 
 def test_a_folder_that_cannot_be_made_is_said_before_training(tmp_path):
@@ -536,3 +604,13 @@ def test_a_recorded_step_is_the_plain_one(tmp_path, monkeypatch):
 def test_one_process_alone_needs_no_group(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert training.choose_device() == "cpu" and not torch.distributed.is_initialized()
+
+
+def test_a_mac_trains_on_its_gpu_alone_and_on_its_processor_under_torchrun(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.current_accelerator",
+                        lambda check_available=False: torch.device("mps"))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert training.choose_device() == "mps"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert training.choose_device() == "cpu"
