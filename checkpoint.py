@@ -31,7 +31,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     part, however many write it. Where the block raises, or the disk is full (OSError), the old file is unhurt and nothing
     else is left. What a process leaves that is killed meanwhile is removed by a later call, an hour old or more.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, f".{path.name}.*.tmp")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -40,16 +40,28 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened; here its entry, too, must reach the disk
+    with suppress(OSError):  # the folder's entry, too, to the disk, where the system opens and flushes folders
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def replace(old: Path, new: Path, patience: float = 2.0) -> None:
+    """Renames a file over another. Windows refuses this while any program reads the other: tries for so many seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return os.replace(old, new)
+        except PermissionError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def save_checkpoint(state: dict, path: str | os.PathLike) -> None:
@@ -75,8 +87,11 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     Only tensors and plain values are read (`weights_only=True`): a pickle that wants to run code is refused.
     Raises FileNotFoundError where there is no file and ValueError where it cannot be read as such a dictionary.
     """
-    if not Path(path).is_file():
+    path = os.path.expanduser(path)
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint; train.ipynb writes one into its save_dir")
+    if Path(path).suffix == ".safetensors":
+        raise ValueError(f"{path}: no checkpoint yet; docs/other_tools.md has the lines that make one of it")
     torch.empty(0, device=device)  # a device that is not there fails here, by torch's own message
     with open(path, "rb") as file:
         try:

@@ -91,6 +91,17 @@ def find_labels(path: Path) -> Path | None:
     return next((file for file in beside if file.is_file()), None)
 
 
+def find_test_set(path: str | os.PathLike) -> Path | None:
+    """The test set beside a training set, a file or folder, if it is there.
+
+    train-images-idx3-ubyte.gz -> t10k-images-idx3-ubyte.gz; faces/train -> faces/test
+    """
+    path = Path(os.path.expanduser(path))
+    names = [path.name.replace("train", name) for name in ("t10k", "test")]
+    return next((path.with_name(name) for name in names
+                 if name != path.name and path.with_name(name).exists()), None)
+
+
 def read_idx_images(path: Path, settings: PixelSettings,
                     max_images: int | None) -> dict:
     """An IDX file and the labels beside it, as `read_folder` gives a folder."""

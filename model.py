@@ -153,7 +153,7 @@ class U_net(nn.Module):
         if label.shape != t.shape or label.dtype != torch.int64:
             raise ValueError(f"label of shape {tuple(label.shape)} and type {label.dtype}: must be "
                              f"({len(x)},) and torch.int64, one number for each image of x")
-        if label.device.type == "cpu" and len(label) and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and label.device.type == "cpu" and len(label):
             low, high = label.aminmax()  # on a GPU a look at the numbers would halt the queue of work
             if low < 0 or high > num_classes:
                 raise ValueError(f"label {int(low if low < 0 else high)}: must be in 0 ... "
@@ -166,6 +166,7 @@ class U_net(nn.Module):
     def set_extra_state(self, state: dict) -> None:
         """Takes over the metadata of a state dict. ValueError where it is of another network."""
         saved = default_arguments() | state["network"]  # older files say less
+        saved["widths"] = tuple(saved["widths"])  # JSON has lists alone
         mine = default_arguments() | self.network
         for name in saved:
             if saved.get(name) != mine.get(name):
@@ -321,7 +322,7 @@ class LargerUnet(U_net):
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         self._check(x, t, label)
-        if not len(x):  # pixel_unshuffle leaves an empty batch as it is
+        if x.shape[0] == 0:  # pixel_unshuffle leaves an empty batch as it is
             return torch.empty_like(x)
         height, width = x.shape[-2:]
         blocks, patch = self.network["blocks"], self.network["patch"]

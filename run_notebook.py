@@ -3,7 +3,7 @@
     python run_notebook.py train.ipynb --num_epochs 20 --network '{"widths": [64, 128, 256]}'
     torchrun --nproc-per-node 8 run_notebook.py train.ipynb --batch_size 256
 
-What the notebook would show goes as files into `figures` in its save_dir or output_dir.
+What the notebook would show goes as files into `figures` in its save_dir, or beside its output_dir.
 """
 
 import ast
@@ -16,15 +16,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from PIL import Image
 
-WORDS = {"true": True, "false": False, "none": None}  # as they are typed elsewhere
-
-
-def value_of(text: str):
-    """A parameter as typed: a number, list or other literal of Python, or else text."""
-    try:
-        return WORDS[text.lower()] if text.lower() in WORDS else ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
+from drawing import figures_folder
+from parameters import value_of
 
 
 def read_parameters(words: list[str]) -> dict:
@@ -81,14 +74,16 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         sys.exit(__doc__)
     plt.switch_backend("agg")  # which opens no windows
+    for stream in (sys.stdout, sys.stderr):  # names of files may have letters that the terminal lacks
+        stream.reconfigure(errors="backslashreplace")
     sys.path.insert(0, str(Path(sys.argv[1]).resolve().parent))
     first = os.environ.get("RANK", "0") == "0"
     parameters = read_parameters(sys.argv[2:])
 
     def save(names, number, picture):
-        folder = names.get("save_dir", names.get("output_dir"))
-        if first and folder is not None:
-            folder = Path(folder).expanduser() / "figures"
+        if first and ("save_dir" in names or "output_dir" in names):
+            folder = (Path(names["save_dir"], "figures") if "save_dir" in names
+                      else figures_folder(names["output_dir"])).expanduser()
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / f"cell_{number}.png"
             plt.savefig(file, bbox_inches="tight") if picture == "figure" else picture.save(file)

@@ -8,17 +8,20 @@ equal to rounding. Another kind of device, or another precision, draws other num
 """
 
 import atexit
+import errno
 import hashlib
 import math
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from datetime import datetime, timedelta
+from numbers import Integral, Real
 from pathlib import Path
 from statistics import fmean
 
@@ -43,8 +46,10 @@ ORDER, DRAWS = 0, 1  # which random stream of a seed: the order of the images, o
 SAVE_SECONDS = 120  # between two writes of the state
 FIRST_PREVIEW, PREVIEW_SHARE = 10, 0.04  # seconds; of the time that training takes
 YOUNGEST_GUIDE = 50  # steps: a younger average is nearly noise, and pushing away from it ruins a picture
+LOG_SECONDS = 30  # between two lines of progress in a file
 READ_SECONDS = 0.25  # between two looks at the losses
 DIVERGED = 100  # times the loss of the first step: beyond any doubt
+NO_LOCKS = (None, errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP)  # of some mounted disks
 COMPILE_PAYS = 3e9  # pixels of a run from which torch.compile saves more time than it takes, on an H100
 
 
@@ -55,6 +60,8 @@ def choose_device() -> str:
     its number, and all but the first print nothing.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if "LOCAL_RANK" in os.environ and accelerator is not None and accelerator.type == "mps":
+        accelerator = None  # nothing connects Apple's GPUs
     device = "cpu" if accelerator is None else accelerator.type
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         if accelerator is not None:
@@ -62,7 +69,7 @@ def choose_device() -> str:
         dist.init_process_group(timeout=timedelta(hours=6))  # others wait while one decodes a folder
         atexit.register(dist.destroy_process_group)
         if dist.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
     return device
 
 
@@ -93,25 +100,39 @@ def hold_signals() -> Iterator[Callable[[], bool]]:
     """Within the block the first Ctrl-C (or Jupyter's Stop), SIGTERM or SIGHUP only raises a flag.
 
     Yields a function that says whether one has come, so that a loop can finish its step, save, and stop.
-    A second one acts as always. Works in the main thread alone.
+    A second one acts as always. Outside the main thread, where Python cannot hold them, all act as always.
     """
     came, before = [], {}
 
     def release():
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not of Python
 
     def note(*_):
         came.append(True)
         release()
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
-        if hasattr(signal, name):
+        if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
             before[getattr(signal, name)] = signal.signal(getattr(signal, name), note)
     try:
         yield lambda: bool(came)
     finally:
         release()
+
+
+@contextmanager
+def enough_memory(name: str, at_once: int) -> Iterator[None]:
+    """Within the block each error of a full memory, of the processor or a GPU, becomes one MemoryError
+    that says which parameter to set below `at_once`, the images that the block takes at once."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
+        full = "out of memory" in str(error) or "allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not full or at_once == 1:
+            raise
+        raise MemoryError(f"{at_once} images at once do not fit in the memory; set {name} below "
+                          f"{at_once}") from error
 
 
 def shuffled_epochs(num_images: int, batch_size: int, seed: int, step: int) -> Iterator[Tensor]:
@@ -156,7 +177,7 @@ class Run:
     learning_rate: of AdamW, after a warm-up of a twentieth of the run and before a cosine down to zero.
     num_epochs: how often each image is seen. seed: of the order, the timesteps and the noise.
     save_dir: where `state.pth`, `model.pth` (the averaged weights), `model_guide.pth` (the average early
-    in a long run) and `preview.png` go.
+    in a long run), `preview.png` and `loss.png` go.
     resume: True goes on with the run in save_dir, False begins a new one and sets the old files aside,
     "auto" goes on where there is a run and begins where there is none.
     initial_weights: a checkpoint of the same network to start from.
@@ -180,13 +201,15 @@ class Run:
         for name, value, least in (("batch_size", batch_size, 1), ("num_epochs", num_epochs, 1),
                                    ("micro_batch_size", micro_batch_size or batch_size, 1),
                                    ("seed", seed, 0)):
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} {value!r}: must be a whole number of at least {least}")
-        if not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < math.inf:
+        if not isinstance(learning_rate, Real) or not 0 < learning_rate < math.inf:
             raise ValueError(f"learning_rate {learning_rate!r}: must be a number above 0")
+        batch_size, num_epochs, seed = int(batch_size), int(num_epochs), int(seed)  # of numpy, perhaps
+        learning_rate = float(learning_rate)
         if batch_size % self.world:
             raise ValueError(f"batch_size {batch_size}: must be a multiple of the {self.world} processes")
-        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size or batch_size
+        self.batch_size, self.micro_batch_size = batch_size, int(micro_batch_size or batch_size)
         self.seed, self.decay, self.precision = seed, decay, autocast(self.device, precision)
         self.num_images, self.total_steps = len(data), math.ceil(num_epochs * len(data) / batch_size)
         self.settings = {
@@ -263,9 +286,21 @@ class Run:
             print(f"loss {fmean(self.losses[-100:]):.4f} after {self.steps:,} steps and "
                   f"{self.seconds / 60:.1f} minutes; the model is in {self.model_path}")
 
+    def plot_losses(self) -> plt.Figure:
+        """The loss over the images seen, each point the mean of up to a hundred steps."""
+        count = len(self.losses)
+        window, stride = max(1, min(100, count // 10)), max(1, count // 1000)
+        figure, axis = plt.subplots(figsize=(6, 2.5))
+        axis.semilogy(torch.arange(window, count + 1, stride) * self.batch_size,
+                      torch.tensor(self.losses).unfold(0, window, stride).mean(dim=1))
+        axis.set(xlabel="images seen", ylabel="loss (weighted)")
+        return figure
+
     def _progress_bar(self) -> tqdm:
+        seen_live = get_ipython() or sys.stderr.isatty()  # else each look is a line in a log
         return tqdm(total=self.total_steps * self.batch_size, initial=self.images_seen, unit=" images",
-                    unit_scale=True, smoothing=0.1, disable=self.rank > 0)
+                    unit_scale=True, smoothing=0.1, disable=self.rank > 0,
+                    mininterval=0.1 if seen_live else LOG_SECONDS)
 
     def _take_batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         labels = None if self._labels is None else self._to_device(self._labels[index])
@@ -296,15 +331,8 @@ class Run:
         mine = slice(self.rank * share, (self.rank + 1) * share)
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))  # forgets the random start quickly
         self._average_weight.fill_(1 - decay)
-        try:
+        with enough_memory("micro_batch_size", min(self.micro_batch_size, share)):
             self._pending.append(self._step(*(x if x is None else x[mine] for x in batch)))
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            full = "out of memory" in str(error) or "allocate memory" in str(error)
-            at_once = min(self.micro_batch_size, share)
-            if isinstance(error, RuntimeError) and not full or at_once == 1:
-                raise
-            raise MemoryError(f"{at_once} images at once do not fit in the memory of {self.device}; set "
-                              f"micro_batch_size below {at_once}, which computes the same") from error
         self.lr_schedule.step()
         self.steps += 1
 
@@ -414,23 +442,30 @@ class Run:
                                      f"{losses[0]:.3g}; the files are those of the last save; {remedy}")
 
     def _show(self, preview: Callable[[], Image.Image]) -> None:
-        """Adds a picture to the strip of previews, shows the strip and writes it; an error in it is said
-        and forgotten."""
-        start = time.perf_counter()
-        try:
+        """Adds a picture to the strip of previews, shows the strip and writes it."""
+        def show_strip():
             if not self.previews or self.previews[-1][0] < self.images_seen:
                 self.previews.append((self.images_seen, preview()))
             strip = strip_of(self.previews)
             if get_ipython():  # elsewhere the file is all there is to see
                 self._picture.update(strip)
-            strip.savefig(self.folder / "preview.png", bbox_inches="tight")
-            plt.close(strip)
-        except Exception as error:
-            print(f"no preview after step {self.steps}: {error}")
+            return strip
+        start = time.perf_counter()
+        self._write("preview.png", show_strip)
         self._clock = time.perf_counter()
         cost = self._clock - start
         self.seconds += cost
         self._preview_at = max(1.4 * self.seconds, self.seconds + cost / PREVIEW_SHARE)
+
+    def _write(self, name: str, draw: Callable[[], plt.Figure]) -> None:
+        """Draws a figure and writes it into save_dir. An error in it is said and forgotten."""
+        before = plt.get_fignums()
+        try:
+            draw().savefig(self.folder / name, bbox_inches="tight")
+        except Exception as error:
+            print(f"no {name} after step {self.steps}: {error}")
+        for number in set(plt.get_fignums()) - set(before):
+            plt.close(number)
 
     # The files
 
@@ -444,6 +479,10 @@ class Run:
             except Timeout:
                 raise ValueError(f"save_dir {self.folder}: another run is writing there; choose another "
                                  "folder, or end that run") from None
+            except (NotImplementedError, OSError) as error:
+                if getattr(error, "errno", None) not in NO_LOCKS:
+                    raise
+                print(f"{self.folder} is on a disk without locks: start no second run in it")
 
     def _start_from(self, path: Path) -> None:
         """Loads initial weights; their guide goes along, since this run's own would be no early network."""
@@ -478,21 +517,26 @@ class Run:
 
     def _load(self) -> None:
         state = load_checkpoint(self.state_path, self.device)
-        missing = {"settings", "losses", "optimizer", *self._parts()} - state.keys()
+        missing = {"settings", "losses", "seconds", "earlier", "guide_steps", *self._parts()} - state.keys()
         if missing:
             raise ValueError(f"{self.state_path}: not the state of a run of this version, it has no "
                              f"{', '.join(sorted(missing))}; set resume=False for a new run")
+        theirs = state["settings"]
         for name, value in self.settings.items():
-            if name not in ("num_epochs", "initial_weights") and state["settings"].get(name) != value:
-                raise ValueError(f"{name}: the run in {self.folder} has {state['settings'].get(name)!r}, "
-                                 f"this one has {value!r}; resume with the same, or set resume=False for "
-                                 "a new run")
+            if name not in ("num_epochs", "initial_weights", "pixels") and theirs.get(name) != value:
+                raise ValueError(f"{name}: the run in {self.folder} has {theirs.get(name)!r}, this one has "
+                                 f"{value!r}; resume with the same, or set resume=False for a new run")
+        if theirs.get("pixels") != self.settings["pixels"]:
+            raise ValueError(f"the run in {self.folder} has seen other images; resume with the same, in the "
+                             "same image_size and in_channels, or set resume=False for a new run")
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.losses = state["losses"].tolist()
         self.steps, self.seconds, self.earlier = len(self.losses), state["seconds"], state["earlier"]
         self.guide_steps = state["guide_steps"]
-        self.settings["initial_weights"] = state["settings"]["initial_weights"]
+        self.settings["initial_weights"] = theirs.get("initial_weights")
+        (group,), (factor,) = self.optimizer.param_groups, self.lr_schedule.lr_lambdas
+        group["lr"].fill_(group["initial_lr"] * factor(self.steps))  # another one with other num_epochs
 
     def _parts(self) -> dict:
         return {"model": self.model, "average": self.average, "optimizer": self.optimizer,
@@ -507,6 +551,7 @@ class Run:
                             | {name: part.state_dict() for name, part in self._parts().items()},
                             self.state_path)
             self._save_average(self.model_path)
+            self._write("loss.png", self.plot_losses)
         self._saved_at = time.perf_counter()
 
     def _save_average(self, path: Path) -> None:
@@ -520,12 +565,14 @@ class Run:
     def _set_old_files_aside(self) -> None:
         """Moves the files of an old run into a folder of their own, named by their time."""
         names = (*(path.name for path in (self.model_path, self.guide_path, self.state_path)),
-                 "preview.png")
+                 "preview.png", "loss.png")
         old = [self.folder / name for name in names if (self.folder / name).exists()]
         if old:
             last = datetime.fromtimestamp(max(path.stat().st_mtime for path in old))
             aside = self.folder / f"{last:%Y%m%d-%H%M%S}"
-            aside.mkdir(exist_ok=True)
+            while aside.exists():  # of a run that ended in the same second
+                aside = aside.with_name(f"{aside.name}+")
+            aside.mkdir()
             for path in old:
                 path.rename(aside / path.name)
         initial = self.settings["initial_weights"]

@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import time
 from pathlib import Path
 
@@ -109,6 +110,47 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.pth"]
 
 
+def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch):
+    """As on Windows, where a folder cannot be opened, and on some mounted disks."""
+    flush, flushed = os.fsync, []
+
+    def of_files_alone(number):
+        if os.path.stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(22, "Invalid argument")
+        flushed.append(number)
+        flush(number)
+    monkeypatch.setattr(os, "fsync", of_files_alone)
+    save_checkpoint({"epoch": 1}, tmp_path / "model.pth")
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(os, "open", refused)
+    save_checkpoint({"epoch": 2}, tmp_path / "model.pth")
+    assert load_checkpoint(tmp_path / "model.pth") == {"epoch": 2} and len(flushed) == 2
+
+
+def test_a_save_waits_for_a_reader_where_the_system_refuses_to_replace_its_file(tmp_path, monkeypatch):
+    """As Windows does: two tries fail, or all."""
+    path, replace, tries = tmp_path / "model.pth", os.replace, []
+    save_checkpoint({"epoch": 1}, path)
+
+    def busy(old, new):
+        tries.append(new)
+        if len(tries) < 3:
+            raise PermissionError(13, "Access is denied")
+        replace(old, new)
+    monkeypatch.setattr(os, "replace", busy)
+    save_checkpoint({"epoch": 2}, path)
+    assert load_checkpoint(path) == {"epoch": 2} and len(tries) == 3
+
+    def always_busy(*_):
+        raise PermissionError(13, "Access is denied")
+    monkeypatch.setattr(os, "replace", always_busy)
+    with pytest.raises(PermissionError):
+        save_checkpoint({"epoch": 3}, path)
+    assert load_checkpoint(path) == {"epoch": 2} and os.listdir(tmp_path) == ["model.pth"]
+
+
 def save_forever(path, started):
     torch.set_num_threads(1)  # the threads of the parent are not in its fork
     for number in itertools.count():
@@ -194,3 +236,29 @@ def test_a_shipped_checkpoint_draws_the_same_pictures_in_bf16(name, sampler):
     fp32, bf16 = draw(False), draw(True)
     assert not torch.equal(fp32, bf16)
     assert (fp32 - bf16).abs().mean() < 2 / 255  # one grey level: the range is 2
+
+
+def test_safetensors_and_back_by_the_lines_of_the_page(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    page = (Path(__file__).parents[1] / "docs" / "other_tools.md").read_text(encoding="utf-8")
+    there, back = re.findall(r"```python\n(.*?)```", page, re.S)
+    monkeypatch.chdir(tmp_path)
+    model = U_net(t_dim=8, widths=(8, 16), normalise=True, num_classes=2)
+    model.metadata = {"image_size": [28, 32], "classes": ["a", "b"], "noise_schedule": {"num_timesteps": 9}}
+    save_checkpoint(model.state_dict(), "model.pth")
+    exec(there, {})
+    Path("model.pth").unlink()
+    with pytest.raises(ValueError, match="model.safetensors: no checkpoint yet; docs/other_tools.md"):
+        U_net.from_checkpoint("model.safetensors")
+    exec(back, {})
+    again = U_net.from_checkpoint("model.pth")
+    assert again.network == model.network and again.metadata == model.metadata
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
+
+
+def test_bare_tensors_load_into_a_network_built_by_hand(tmp_path):
+    model = U_net(t_dim=8, widths=(8,))
+    bare = {name: tensor for name, tensor in model.state_dict().items() if name != "_extra_state"}
+    other = U_net(t_dim=8, widths=(8,))
+    other.load_state_dict(bare, strict=False)
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters()))

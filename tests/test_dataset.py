@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from checkpoint import atomic_file
-from dataset_loader import ImageDataset, image_grid, read_idx, to_image
+from dataset_loader import ImageDataset, find_test_set, image_grid, read_idx, to_image
 
 ROOT = Path(__file__).parents[1]
 MNIST = ROOT / "Assets" / "MNIST"
@@ -465,3 +465,19 @@ def test_names_that_cannot_be_printed_are_shown_escaped(tmp_path, capsys):
     printed = capsys.readouterr().out
     printed.encode("utf-8")  # fails on a lone half of a pair
     assert r"new\nline.png" in printed and r"\udcff.png" in printed and "l" * 70 not in printed
+
+
+# The test set beside it
+
+def test_the_test_set_beside_a_training_set_is_found(tmp_path, monkeypatch):
+    found = find_test_set(MNIST / "train-images-idx3-ubyte.gz")
+    assert found == MNIST / "t10k-images-idx3-ubyte.gz" and len(ImageDataset(found)) == 10_000
+    assert find_test_set(found) is None
+    for name in ("train", "test", "letters-train-images", "letters-test-images", "alone-train"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert find_test_set("~/train/") == tmp_path / "test"
+    assert find_test_set(str(tmp_path / "letters-train-images")) == tmp_path / "letters-test-images"
+    for name in ("test", "alone-train", "nowhere"):
+        assert find_test_set(tmp_path / name) is None

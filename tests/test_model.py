@@ -225,3 +225,23 @@ def test_a_network_can_be_copied_and_pickled(network):
     x, t = batch(1)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x, t), model(x, t)) and other.network == model.network
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing is on its way out
+@pytest.mark.parametrize("network", [{}, STRONG | {"num_classes": 3}])
+def test_a_network_can_be_compiled_exported_and_traced(network):
+    """Whole, without a graph break, and exported for batches of any size from two on."""
+    torch.manual_seed(0)
+    model = U_net(t_dim=16, **{"widths": (8,)} | network).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    some, more = ((*batch(size), torch.arange(size) % 3 if model.network["num_classes"] else None)
+                  for size in (3, 5))
+    of_any_size = {0: torch.export.Dim("batch", min=2, max=99)}
+    dynamic = (of_any_size, of_any_size, of_any_size if model.network["num_classes"] else None)
+    for other in (torch.compile(model, backend="eager", fullgraph=True),
+                  torch.export.export(model, some, dynamic_shapes=dynamic).module()):
+        for inputs in (some, more):
+            torch.testing.assert_close(other(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+    traced = torch.jit.trace(model, some[:2])
+    torch.testing.assert_close(traced(*some[:2]), model(*some[:2]), rtol=1e-4, atol=1e-5)

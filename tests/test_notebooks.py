@@ -28,8 +28,8 @@ PARAMETERS = {
     "train.ipynb": "data_path image_size in_channels labels num_timesteps t_dim network initial_weights "
                    "batch_size micro_batch_size learning_rate num_epochs max_images precision seed "
                    "save_dir resume",
-    "generate_image.ipynb": "model_path num_images label seed output_dir sampler num_steps "
-                            "guidance precision"}
+    "generate_image.ipynb": "model_path num_images first_image label seed output_dir sampler "
+                            "num_steps guidance precision"}
 SMALL = {"data_path": MNIST, "network": {"widths": [16, 32]}, "t_dim": 32, "max_images": 256,
          "num_epochs": 2, "num_timesteps": 100, "batch_size": 64, "precision": "fp32"}
 
@@ -89,7 +89,8 @@ def test_the_readmes_first_command_runs_both_notebooks_in_jupyter(tmp_path):
             [sys.executable, "-m", "jupyter", "execute", "--output=ran", str(tmp_path / name)], text=True,
             env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=300, cwd=ROOT)
         assert finished.returncode == 0, finished.stderr
-    assert {"x_0.png", "x_1.png", "grid.png"} <= set(os.listdir(tmp_path / "images"))
+    assert {"x_0.png", "x_1.png"} == set(os.listdir(tmp_path / "images"))
+    assert {"grid.png", "classes.png"} == set(os.listdir(tmp_path / "images_figures"))
 
 
 def test_a_folder_of_colour_images_with_classes_is_learnt_and_drawn_by_name(tmp_path, capsys):
@@ -107,6 +108,29 @@ def test_a_folder_of_colour_images_with_classes_is_learnt_and_drawn_by_name(tmp_
         assert (drawn[:, first] > drawn[:, second] + 40).all()
     with pytest.raises(ValueError, match="label 'hot': choose from cold, warm"):
         generate(tmp_path, label="hot")
+
+
+def test_what_was_learnt_by_heart_is_seen_beside_a_test_set(tmp_path):
+    """Eight images of noise can be learnt by heart only. Others of the same kind are then as hard as ever."""
+    rng, folder, legends = np.random.default_rng(0), tmp_path / "images" / "train", []
+    for name, count in (("train", 8), ("test", 40)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(count):
+            picture = np.uint8(255 * rng.integers(2, size=(8, 8)))
+            Image.fromarray(picture).save(tmp_path / "images" / name / f"{i}.png")
+
+    def shown(names, number, picture):
+        if number == 27:
+            (axis,) = plt.gcf().axes
+            legends.append({line.get_label(): len(line.get_xdata()) for line in axis.lines})
+    train(tmp_path, shown, data_path=str(folder), image_size=8, num_epochs=600, batch_size=8,
+          learning_rate=3e-3, max_images=None)
+    (by_heart, eight), (never_seen, forty) = legends[0].items()
+    assert (eight, forty) == (8, 40)
+    assert by_heart.startswith("training images: ") and never_seen.startswith("test images: ")
+    assert float(never_seen.split()[-1]) > 1.5 * float(by_heart.split()[-1])
+    train(tmp_path, shown, data_path=str(folder.parent / "test"), image_size=8, num_epochs=1)
+    assert list(legends[1].values()) == [40]  # no other set: this one alone
 
 
 def test_the_loss_is_the_papers_weighted_by_the_signal_to_noise_ratio(trained):
@@ -137,6 +161,8 @@ def test_a_seed_draws_an_image_again_alone_or_with_others(trained):
     generate(trained, num_images=1)
     alone = np.asarray(Image.open(out / "x_0.png")).astype(int)
     assert abs(alone - four[0]).max() <= 1  # one grey level, of rounding
+    generate(trained, first_image=2, num_images=2)  # writes over two of them
+    assert abs(pixels(out) - four).max() <= 1
     generate(trained, seed=1)
     assert (pixels(out) != four).any()
 

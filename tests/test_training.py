@@ -1,10 +1,17 @@
 """What surrounds the loop: the step, the stream of batches, the files of a run."""
 
+import ast
+import errno
 import math
 import os
+import re
 import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock, Timeout
@@ -12,6 +19,7 @@ from PIL import Image
 
 import training
 from checkpoint import load_checkpoint, save_checkpoint
+from dataset_loader import ImageDataset
 from model import U_net
 from recorded import recorded
 from training import Run, autocast, hold_signals, shuffled_epochs
@@ -176,7 +184,7 @@ def test_a_full_memory_says_what_to_lower(tmp_path, error):
 
     def too_large(*_):
         raise error
-    with pytest.raises(MemoryError, match="4 images at once .* cpu; set micro_batch_size below 4"):
+    with pytest.raises(MemoryError, match="4 images at once .*; set micro_batch_size below 4"):
         run.step(too_large, torch.zeros(8, 1, 8, 8))
     error_of_ours = RuntimeError("shapes differ")
 
@@ -207,7 +215,9 @@ def test_resume_needs_the_same_run_by_meaning(tmp_path):
     train(run_in(tmp_path))
     for change, message in (({"learning_rate": 0.5}, "learning_rate: the run in .* has 0.001, .* has 0.5"),
                             ({"batch_size": 4}, "batch_size"), ({"seed": 1}, "seed"),
-                            ({"data": Data(seed=1)}, "pixels"), ({"use_labels": False}, "labels")):
+                            ({"data": Data(seed=1)}, "the run in .* has seen other images; resume"),
+                            ({"data": Data(39)}, "num_images: .* has 40, this one has 39"),
+                            ({"use_labels": False}, "labels")):
         with pytest.raises(ValueError, match=message):
             run_in(tmp_path, resume=True, **change)
     with pytest.raises(ValueError, match="widths|network"):
@@ -228,6 +238,68 @@ def test_a_finished_run_trains_on_with_more_epochs(tmp_path):
     assert run.steps == 15
     saved = U_net.from_checkpoint(tmp_path / "model.pth").metadata["training"]
     assert (saved["num_epochs"], saved["steps"], saved["images_seen"]) == (3, 15, 120)
+
+
+def test_the_learning_rate_of_a_finished_run_is_no_longer_zero_where_it_goes_on(tmp_path):
+    train(run_in(tmp_path))
+    run, used = run_in(tmp_path, resume=True, num_epochs=4), []
+    loss_of = loss_by(run)
+    for x0, label in run.batches():
+        used.append(run.optimizer.param_groups[0]["lr"].item())
+        run.step(loss_of, x0, torch.randn(x0.shape), label)
+    expected = [1e-3 * (1 + math.cos(math.pi * step / 20)) / 2 for step in range(10, 20)]
+    assert used == pytest.approx(expected)
+
+
+def test_a_run_that_is_longer_than_asked_for_is_left_as_it_is(tmp_path, capsys):
+    before = weights(train(run_in(tmp_path)).average)
+    run = train(run_in(tmp_path, resume=True, num_epochs=1))
+    assert run.steps == 10 and torch.equal(weights(run.average), before)
+    assert "5 steps of 8 images, 10 of them done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["settings", "losses", "seconds", "earlier", "guide_steps", "model",
+                                 "average", "optimizer", "lr_schedule"])
+def test_a_state_without_something_says_what(tmp_path, key):
+    train(run_in(tmp_path))
+    state = load_checkpoint(tmp_path / "state.pth")
+    del state[key]
+    save_checkpoint(state, tmp_path / "state.pth")
+    with pytest.raises(ValueError, match=f"state.pth: not the state of a run of this version, .* no {key}; "):
+        run_in(tmp_path, resume=True)
+
+
+def test_a_model_in_the_place_of_a_state_is_no_state(tmp_path):
+    train(run_in(tmp_path))
+    (tmp_path / "state.pth").write_bytes((tmp_path / "model.pth").read_bytes())
+    with pytest.raises(ValueError, match="not the state of a run of this version"):
+        run_in(tmp_path, resume=True)
+
+
+def test_a_folder_may_be_spelled_otherwise_or_move_and_the_images_may_not_change(tmp_path, monkeypatch):
+    """As pixels of a folder of images, by its name, by another, and after it moved."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+
+    def paint(folder):
+        folder.mkdir(exist_ok=True)
+        for i in range(IMAGES):
+            Image.fromarray(rng.integers(256, size=(8, 8), dtype=np.uint8)).save(folder / f"{i}.png")
+
+    def goes_on(path, size=8):
+        data = ImageDataset(path, size)
+        return run_in(tmp_path / "run", data, resume=True, use_labels=False).steps == 10
+    paint(tmp_path / "pink")
+    monkeypatch.chdir(tmp_path)
+    train(run_in(tmp_path / "run", ImageDataset("pink", 8), use_labels=False))
+    for path, size in (("pink/", 8), ("./pink", [8, 8]), (tmp_path / "pink", (8, 8))):
+        assert goes_on(path, size)
+    assert run_in("run/", ImageDataset("pink", 8), resume=True, use_labels=False).steps == 10
+    (tmp_path / "pink").rename(tmp_path / "moved")
+    assert goes_on("moved")
+    paint(tmp_path / "moved")  # the same names, all pictures replaced
+    with pytest.raises(ValueError, match="has seen other images"):
+        goes_on("moved")
 
 
 def test_a_restarted_job_goes_on_with_its_own_run_alone(tmp_path, monkeypatch):
@@ -256,7 +328,67 @@ def test_the_first_signal_waits_and_the_second_acts(name):
         signal.signal(number, before)
 
 
+def test_signals_that_a_system_lacks_or_that_are_not_of_python_are_left_out(monkeypatch):
+    """As on Windows, which has no SIGHUP; and in a program whose handler is written in C."""
+    monkeypatch.delattr(signal, "SIGHUP", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    with hold_signals() as stopped:
+        signal.raise_signal(signal.SIGTERM)
+        assert stopped()
+    assert signal.getsignal(signal.SIGTERM) == before
+    set_handler = signal.signal
+    monkeypatch.setattr(signal, "signal", lambda number, handler: set_handler(number, handler) and None)
+    with hold_signals() as stopped:
+        assert not stopped()
+    set_handler(signal.SIGTERM, before)
+    set_handler(signal.SIGINT, signal.default_int_handler)
+
+
+def test_outside_the_main_thread_a_run_trains_without_holding_signals(tmp_path):
+    run = run_in(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train, run).result().steps == 10
+
+
 # The files
+
+def test_the_loss_is_kept_as_a_picture_also_where_the_run_ends_in_an_error(tmp_path, monkeypatch):
+    clock, run = Clock(monkeypatch, step=70.0), run_in(tmp_path, num_epochs=800)
+
+    def fails_late(run):
+        clock.tick(run)
+        if run.steps == 60:
+            raise RuntimeError("late")
+    with pytest.raises(RuntimeError, match="late"):
+        train(run, each=fails_late)
+    assert Image.open(tmp_path / "loss.png").size > (300, 100)
+    (axis,) = run.plot_losses().axes
+    (line,) = axis.lines
+    seen, curve = line.get_data()
+    count = len(run.losses)
+    assert 50 <= count <= 60 and (seen[-1], axis.get_yscale()) == (8 * count, "log")
+    window = count // 10
+    assert curve[-1] == pytest.approx(sum(run.losses[-window:]) / window, rel=1e-5)
+    run.losses = [1.0] * 123_456
+    (line,) = run.plot_losses().axes[0].lines
+    assert 500 < len(line.get_xdata()) < 2000  # quick to draw, whatever the length
+    plt.close("all")
+
+
+def test_a_picture_of_the_loss_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    before = plt.get_fignums()
+    assert train(run_in(tmp_path)).steps == 10
+    assert "no loss.png after step 10: [Errno 28]" in capsys.readouterr().out
+    assert (tmp_path / "model.pth").exists() and plt.get_fignums() == before
+
+
+def test_progress_in_a_log_is_a_line_in_half_a_minute(tmp_path, capsys):
+    train(run_in(tmp_path, num_epochs=8), each=lambda run: setattr(run, "_meet_at", 0))
+    assert 1 <= capsys.readouterr().err.count("images/s") <= 3
+
 
 def test_a_new_run_sets_the_old_files_aside(tmp_path):
     train(run_in(tmp_path))
@@ -279,6 +411,47 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     with pytest.raises(Timeout):
         other.acquire(timeout=0)
     del run
+
+
+def test_two_old_runs_of_the_same_second_are_both_kept(tmp_path):
+    for seed in (0, 1, 2):
+        run = train(run_in(tmp_path, seed=seed))
+        for path in (run.model_path, run.state_path):
+            os.utime(path, (1e9, 1e9))
+        for name in ("loss.png", "preview.png"):
+            (tmp_path / name).unlink(missing_ok=True)
+    asides = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert len(asides) == 2
+    assert {load_checkpoint(aside / "state.pth")["settings"]["seed"] for aside in asides} == {0, 1}
+
+
+@pytest.mark.parametrize("number, locks", [(errno.EOPNOTSUPP, False), (errno.ENOLCK, False),
+                                           (errno.EACCES, True), (errno.EROFS, True)])
+def test_a_disk_without_locks_is_said_and_one_that_cannot_be_written_ends_it(tmp_path, monkeypatch, capsys,
+                                                                             number, locks):
+    def refuse(self):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    if locks:
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            run_in(tmp_path)
+    else:
+        assert train(run_in(tmp_path)).steps == 10
+        assert "is on a disk without locks: start no second run in it" in capsys.readouterr().out
+
+
+def test_no_module_uses_what_one_system_alone_has():
+    """Attributes of `os` and `signal`: those of the list exist on Windows as well."""
+    everywhere = {"environ", "path", "PathLike", "name", "sep", "replace", "open", "close", "fsync", "devnull",
+                  "walk", "stat", "makedirs", "O_RDONLY", "signal", "SIG_DFL", "getcwd", "fspath"}
+    used = set()
+    for path in Path(training.__file__).parent.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        modules = [name for name in ("os", "signal") if f"import {name}\n" in text]
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in modules:
+                used.add(node.attr)
+    assert "replace" in used and used <= everywhere
 
 
 def test_a_folder_that_cannot_be_made_is_said_before_training(tmp_path):
@@ -321,7 +494,7 @@ def test_a_preview_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys
     def preview():
         raise OSError(28, "No space left on device")
     run = train(run_in(tmp_path), preview=preview, each=clock.tick)
-    assert run.steps == 10 and "no preview after step" in capsys.readouterr().out
+    assert run.steps == 10 and "no preview.png after step" in capsys.readouterr().out
 
 
 def test_a_long_run_keeps_its_average_after_a_sixteenth_as_a_guide_and_a_short_one_none(tmp_path):
@@ -373,6 +546,22 @@ def test_initial_weights_of_something_else_are_refused(tmp_path):
 def test_bad_values_are_refused_by_name(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         run_in(tmp_path, **arguments)
+
+
+def test_numbers_of_numpy_count_as_numbers(tmp_path):
+    run = run_in(tmp_path, batch_size=np.int64(8), num_epochs=np.int32(2), seed=np.uint8(0),
+                 learning_rate=np.float64(1e-3), micro_batch_size=np.int64(8))
+    assert train(run).losses == train(run_in(tmp_path / "plain", micro_batch_size=8)).losses
+    assert run_in(tmp_path, resume=True).steps == 10  # a state that plain numbers go on from
+
+
+def test_a_batch_of_more_images_than_there_are_shows_each_as_often_as_asked(tmp_path):
+    run, seen = run_in(tmp_path, Data(3), batch_size=8, num_epochs=8, use_labels=False), torch.zeros(3)
+    for x0, _ in run.batches():
+        pixels = ((x0 + 1) * 127.5).round().to(torch.uint8)
+        seen += (pixels[:, None] == run._pixels).all(dim=(2, 3, 4)).sum(dim=0)
+        run.step(loss_by(run), x0, torch.zeros_like(x0), None)
+    assert seen.tolist() == [8, 8, 8]
 
 
 # Device and precision
@@ -433,3 +622,13 @@ def test_a_step_that_cannot_be_recorded_stays_plain(cuda, capsys):
 def test_one_process_alone_needs_no_group(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert training.choose_device() == "cpu" and not torch.distributed.is_initialized()
+
+
+def test_a_mac_trains_on_its_gpu_alone_and_on_its_processor_under_torchrun(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.current_accelerator",
+                        lambda check_available=False: torch.device("mps"))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert training.choose_device() == "mps"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert training.choose_device() == "cpu"
