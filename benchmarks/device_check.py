@@ -18,7 +18,7 @@ from time import perf_counter
 
 from common import ROOT, machine, parser_of
 
-MODELS = {name: ROOT / "Save_model" / f"model_DDPM{name}.pth" for name in ("_large", "")}
+MODELS = {name: ROOT / f"Save_model/model_DDPM{name}.pth" for name in ("_large", "")}
 TESTS = [sys.executable, "-m", "pytest", "-q", "-rfEs", "--durations=10", "tests"]
 
 
@@ -31,14 +31,19 @@ def parts(small: bool) -> dict[str, list]:
     trainings = [["--batch-size", 128, "--num-epochs", 10],
                  ["--batch-size", 128, "--num-epochs", 20],
                  ["--batch-size", 256, "--num-epochs", 30]]
+    grid = ["--samples", 10_000, "--steps", 15, "--guidance", 1, 1.1, 1.25, 1.5, 2]
+    of_guidance = {"_large": [*grid, "--guide", "early", "unlabelled"], "": grid}
+    tables = {f"guidance{name}": ["guidance.py", path, *(
+        ["--samples", 100, "--steps", 3] if small else of_guidance[name])]
+        for name, path in MODELS.items()}
     return {
         "quality_large": ["quality.py", large, *few, "--cas", 200 if small else 50_000],
         "quality_simple": ["quality.py", simple, *few],
         "speed": ["speed_gpu.py", *(["--batch-sizes", 2, "--steps", 25] * small)],
         **{f"time_to_quality_{number}": ["time_to_quality.py", *options] for
            number, options in enumerate([first_look] if small else trainings)},
-        **{f"{script}{name}": [f"{script}.py", path, *few, *(["--steps", 3] * small)]
-           for script in ("samplers", "guidance") for name, path in MODELS.items()}}
+        **{f"samplers{name}": ["samplers.py", path, *few, *(["--steps", 3] * small)]
+           for name, path in MODELS.items()}, **tables}
 
 
 def run_part(name: str, words: list, out: Path, seconds: float) -> None:

@@ -231,11 +231,14 @@ class Classifier(nn.Module):
 
 
 def trained_classifier(images: Tensor, labels: Tensor, epochs: int, seed: int = 0,
-                       name: str = "classifier") -> Classifier:
+                       name: str = "classifier", shift: int = 0, dropout: float = 0.0,
+                       ) -> Classifier:
     """A classifier trained on uint8 images (N, 1, 28, 28) and labels (N,) int64 in 0
     ... 9.
 
-    It draws from streams of its own: the caller's random numbers stay as they are.
+    shift: each batch is moved by up to so many pixels, at random. dropout: of the
+    features. It draws from streams of its own: the caller's random numbers stay as they
+    are.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -246,7 +249,9 @@ def trained_classifier(images: Tensor, labels: Tensor, epochs: int, seed: int = 
         for epoch in range(epochs):
             order = torch.randperm(len(images)).split(128)
             for batch in tqdm(order, f"{name}, epoch {epoch + 1} of {epochs}"):
-                said = net.digit(net(images[batch].to(device)))
+                by = torch.randint(-shift, shift + 1, (2,)).tolist()
+                moved = images[batch].to(device).roll(by, dims=(2, 3))
+                said = net.digit(F.dropout(net(moved), dropout))
                 loss = F.cross_entropy(said, labels[batch].to(device))
                 optimizer.zero_grad()
                 loss.backward()

@@ -21,7 +21,7 @@ from measure import (GUIDES, JUDGES, Drawn, checkpoint_arguments, classifier,
 from dataset_loader import image_grid
 from model import U_net
 
-CAS_EPOCHS = 6
+CAS = {"epochs": 10, "shift": 2, "dropout": 0.3}  # how its classifiers are trained
 
 
 class Scaled(nn.Module):
@@ -104,7 +104,7 @@ def classification_accuracy(images: Tensor, labels: Tensor, name: str) -> list[f
     """CAS (Ravuri and Vinyals 2019): how many of the 10,000 real test digits a
     classifier gets right that was trained on these images alone; of three, which differ
     by their seed."""
-    nets = (trained_classifier(images, labels, CAS_EPOCHS, seed, f"CAS, {name}")
+    nets = (trained_classifier(images, labels, seed=seed, name=f"CAS, {name}", **CAS)
             for seed in JUDGES)
     return [accuracy(net, mnist("t10k"), mnist_labels("t10k")) for net in nets]
 
@@ -113,9 +113,9 @@ def about_cas(drawn: Drawn, key: tuple) -> list[str]:
     """The CAS of samples beside that of as many training images: text, in lines."""
     count = len(drawn.pixels)
     real = mnist("train")[:count], mnist_labels("train")[:count]
-    of_real = once("cas_real", (count, CAS_EPOCHS, machine()),
+    of_real = once("cas_real", (count, CAS, machine()),
                    lambda: classification_accuracy(*real, "real"))
-    of_drawn = once("cas", (count, CAS_EPOCHS, machine(), *key), lambda:
+    of_drawn = once("cas", (count, CAS, machine(), *key), lambda:
                     classification_accuracy(drawn.pixels, drawn.labels, "samples"))
     errors = (1 - fmean(of_drawn)) / max(1 - fmean(of_real), 1e-4)
     said = [f"{fmean(found):.2%} ({', '.join(f'{one:.2%}' for one in found)})"

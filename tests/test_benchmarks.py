@@ -200,7 +200,7 @@ def test_classification_accuracy_is_that_on_real_digits_of_what_was_learnt(monke
     monkeypatch.setattr(quality, "mnist", lambda part: images)
     monkeypatch.setattr(quality, "mnist_labels", lambda part: labels)
     monkeypatch.setattr(quality, "JUDGES", range(1))
-    monkeypatch.setattr(quality, "CAS_EPOCHS", 8)
+    monkeypatch.setattr(quality, "CAS", {"epochs": 8})
     assert quality.classification_accuracy(images, labels, "right") == [1.0]
     assert quality.classification_accuracy(images, (labels + 1) % 10, "wrong") == [0.0]
 
