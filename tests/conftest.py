@@ -8,6 +8,7 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if HAS_GPU:
     torch.cuda.init()  # what the tests start sees no GPU, this process does
+    torch.cuda.device_count()  # which torch keeps from here on
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 torch.accelerator.current_accelerator = lambda check_available=False: None
 
