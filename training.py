@@ -50,7 +50,9 @@ LOG_SECONDS = 30  # between two lines of progress in a file
 READ_SECONDS = 0.25  # between two looks at the losses
 DIVERGED = 100  # times the loss of the first step: beyond any doubt
 NO_LOCKS = (None, errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP)  # of some mounted disks
-COMPILE_PAYS = 3e9  # pixels of a run from which torch.compile saves more time than it takes, on an H100
+# Seconds on an H200: what torch.compile takes, and what it saves in a step and in that step's pixels
+COMPILE_SECONDS, SAVED_BY_STEP, SAVED_BY_PIXEL = 45, 1e-3, 1e-8
+GUIDANCE = {True: 1.25, False: 1.5}  # by an early guide, with labels and without: benchmarks/guidance.py
 
 
 def choose_device() -> str:
@@ -364,12 +366,13 @@ class Run:
     def _fastest_step(self, loss_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The step for this loss: over processes, compiled or recorded, where that is to be had."""
         if self.device == "cuda":
-            pixels = (self.total_steps - self.steps) * self.batch_size * self._pixels[0].numel()
-            compiles = pixels >= COMPILE_PAYS
+            pixels = self.batch_size // self.world * self._pixels[0].numel()
+            saved = self.total_steps * (SAVED_BY_STEP + SAVED_BY_PIXEL * pixels)
+            compiles = saved >= COMPILE_SECONDS  # by the whole run, so that a resumed one decides the same
             if compiles:
                 loss_of = torch.compile(loss_of, dynamic=False)
-            print(f"the loss is {'compiled first' if compiles else 'not compiled'}: {pixels:.1e} pixels are to "
-                  f"come, and compiling takes less time than it saves from {COMPILE_PAYS:.0e}")
+            print(f"the loss is {'compiled first' if compiles else 'not compiled'}, which takes about "
+                  f"{COMPILE_SECONDS} seconds and saves about {saved:.0f} in a run of this length")
         self._over_processes = None
         if self.world > 1:
             loss_of = self._over_processes = DistributedDataParallel(LossModule(self.model, loss_of))
@@ -556,7 +559,7 @@ class Run:
 
     def _save_average(self, path: Path) -> None:
         self.average.metadata = self.model.metadata | {
-            "guidance": 1.5 if self.guide_path.exists() else 1.0,
+            "guidance": GUIDANCE[self._labels is not None] if self.guide_path.exists() else 1.0,
             "training": self.settings | {"steps": self.steps, "images_seen": self.images_seen,
                                          "seconds": round(self.seconds), "earlier": self.earlier}}
         if self.rank == 0:

@@ -18,7 +18,7 @@ from time import perf_counter
 
 from common import ROOT, machine, parser_of
 
-MODELS = {name: ROOT / f"Save_model/model_DDPM{name}.pth" for name in ("_large", "")}
+MODELS = {name: f"Save_model/model_DDPM{name}.pth" for name in ("_large", "")}
 TESTS = [sys.executable, "-m", "pytest", "-q", "-rfEs", "--durations=10", "tests"]
 
 

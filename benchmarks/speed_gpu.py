@@ -56,8 +56,8 @@ def plain_rate(network: dict, batch_size: int, count: int) -> float:
 def run_rate(network: dict, batch_size: int, count: int, how: str) -> float:
     """Images a second of `Run`, "plain", "recorded" or "compiled" and recorded."""
     model = U_net(device, num_classes=10, **network)
-    kept = training.COMPILE_PAYS, training.recorded
-    training.COMPILE_PAYS = 0 if how == "compiled" else float("inf")
+    kept = training.COMPILE_SECONDS, training.recorded
+    training.COMPILE_SECONDS = 0 if how == "compiled" else float("inf")
     if how == "plain":
         training.recorded = lambda step: step
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +65,7 @@ def run_rate(network: dict, batch_size: int, count: int, how: str) -> float:
                        num_epochs=1000, seed=0, save_dir=folder, use_labels=True)
         steps = run_steps(run, plain_loss(model, NoiseScheduler(device=device)))
         found = rate(steps, batch_size, count)
-    training.COMPILE_PAYS, training.recorded = kept
+    training.COMPILE_SECONDS, training.recorded = kept
     return found
 
 
