@@ -8,11 +8,9 @@ equal to rounding. Another kind of device, or another precision, draws other num
 """
 
 import atexit
-import errno
 import hashlib
 import math
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -20,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from datetime import datetime, timedelta
+from datetime import timedelta
 from numbers import Integral, Real
 from pathlib import Path
 from statistics import fmean
@@ -28,7 +26,6 @@ from statistics import fmean
 import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from IPython import get_ipython
 from IPython.display import DisplayHandle
 from PIL import Image
@@ -40,6 +37,7 @@ from tqdm.auto import tqdm
 from checkpoint import load_checkpoint, save_checkpoint
 from noise import random_stream
 from recorded import recorded
+from run_folder import RunFolder, strip_of
 
 PRECISIONS = ("auto", "fp32", "bf16")
 ORDER, DRAWS = 0, 1  # which random stream of a seed: the order of the images, or what a step draws
@@ -49,7 +47,6 @@ YOUNGEST_GUIDE = 50  # steps: a younger average is nearly noise, and pushing awa
 LOG_SECONDS = 30  # between two lines of progress in a file
 READ_SECONDS = 0.25  # between two looks at the losses
 DIVERGED = 100  # times the loss of the first step: beyond any doubt
-NO_LOCKS = (None, errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP)  # of some mounted disks
 # Seconds on an H200: what torch.compile takes, and what it saves in a step and in that step's pixels
 COMPILE_SECONDS, SAVED_BY_STEP, SAVED_BY_PIXEL = 45, 1e-3, 1e-8
 GUIDANCE = {True: 1.25, False: 1.5}  # by an early guide, with labels and without: benchmarks/guidance.py
@@ -220,19 +217,18 @@ class Run:
             "labels": use_labels, "precision": "bf16" if self.precision._enabled else "fp32",
             "device": self.device, "initial_weights": initial_weights and str(initial_weights)}
         self.losses, self.steps, self.seconds, self.previews = [], 0, 0.0, []
-        self.folder = Path(save_dir).expanduser()
-        self.model_path, self.guide_path, self.state_path = (
-            self.folder / f"{name}.pth" for name in ("model", "model_guide", "state"))
-        self._take_folder()
+        self.folder = RunFolder(save_dir, writes=self.rank == 0)
         self.earlier, self.guide_steps = None, 0
-        if initial_weights is not None and not (resume and self.state_path.exists()):
+        if initial_weights is not None and not (resume and self.folder.state.exists()):
             self._start_from(Path(initial_weights).expanduser())
         self.average = deepcopy(model).eval().requires_grad_(False)
         self._make_optimizer(learning_rate)
         if self._goes_on(resume):
             self._load()
         elif self.rank == 0:
-            self._set_old_files_aside()
+            self.folder.set_old_files_aside()
+            if initial_weights is not None:
+                self.folder.copy_guide_of(initial_weights)
         self.rng = torch.Generator(self.device)
         self._loss_of, self._pending, self._meet_at = None, [], 0
         self._pixels, self._labels = data.pixels, data.labels if use_labels else None
@@ -283,10 +279,10 @@ class Run:
                 self._show(preview)
         if self.steps < self.total_steps:
             print(f"stopped after step {self.steps:,} of {self.total_steps:,}; resume=True goes on from "
-                  f"{self.state_path}")
+                  f"{self.folder.state}")
         else:
             print(f"loss {fmean(self.losses[-100:]):.4f} after {self.steps:,} steps and "
-                  f"{self.seconds / 60:.1f} minutes; the model is in {self.model_path}")
+                  f"{self.seconds / 60:.1f} minutes; the model is in {self.folder.model}")
 
     def plot_losses(self) -> plt.Figure:
         """The loss over the images seen, each point the mean of up to a hundred steps."""
@@ -419,7 +415,7 @@ class Run:
         if guide >= YOUNGEST_GUIDE and self.guide_steps is not None:
             if self.steps == guide or (self.steps > guide and not self.guide_steps):
                 self.guide_steps = self.steps
-                self._save_average(self.guide_path)
+                self._save_average(self.folder.guide)
             elif self.steps < guide:
                 self._meet_at = min(self._meet_at, guide)
         if saves:
@@ -454,42 +450,17 @@ class Run:
                 self._picture.update(strip)
             return strip
         start = time.perf_counter()
-        self._write("preview.png", show_strip)
+        self.folder.write_figure("preview.png", show_strip)
         self._clock = time.perf_counter()
         cost = self._clock - start
         self.seconds += cost
         self._preview_at = max(1.4 * self.seconds, self.seconds + cost / PREVIEW_SHARE)
 
-    def _write(self, name: str, draw: Callable[[], plt.Figure]) -> None:
-        """Draws a figure and writes it into save_dir. An error in it is said and forgotten."""
-        before = plt.get_fignums()
-        try:
-            draw().savefig(self.folder / name, bbox_inches="tight")
-        except Exception as error:
-            print(f"no {name} after step {self.steps}: {error}")
-        for number in set(plt.get_fignums()) - set(before):
-            plt.close(number)
-
     # The files
-
-    def _take_folder(self) -> None:
-        """Makes save_dir and locks it while this run exists, on the first process."""
-        if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.folder / ".lock", timeout=0, is_singleton=True)
-            try:  # held while this run exists; the system frees the lock of a process that dies
-                self._lock.acquire()
-            except Timeout:
-                raise ValueError(f"save_dir {self.folder}: another run is writing there; choose another "
-                                 "folder, or end that run") from None
-            except (NotImplementedError, OSError) as error:
-                if getattr(error, "errno", None) not in NO_LOCKS:
-                    raise
-                print(f"{self.folder} is on a disk without locks: start no second run in it")
 
     def _start_from(self, path: Path) -> None:
         """Loads initial weights; their guide goes along, since this run's own would be no early network."""
-        if path.resolve() == self.model_path.resolve():
+        if path.resolve() == self.folder.model.resolve():
             raise ValueError(f"initial_weights {path}: this run would write over it; choose another "
                              "save_dir")
         metadata = self.model.metadata
@@ -509,8 +480,8 @@ class Run:
             raise ValueError(f"resume {resume!r}: must be True, False or 'auto'")
         self.job = os.environ.get("TORCHELASTIC_RUN_ID")
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        exists = self.state_path.exists()
-        ours = exists and restarted and load_checkpoint(self.state_path).get("job") == self.job
+        exists = self.folder.state.exists()
+        ours = exists and restarted and load_checkpoint(self.folder.state).get("job") == self.job
         goes_on = resume is True or (resume == "auto" and exists) or ours
         if self.world == 1:
             return goes_on
@@ -519,25 +490,13 @@ class Run:
         return flag.item() > 0
 
     def _load(self) -> None:
-        state = load_checkpoint(self.state_path, self.device)
-        missing = {"settings", "losses", "seconds", "earlier", "guide_steps", *self._parts()} - state.keys()
-        if missing:
-            raise ValueError(f"{self.state_path}: not the state of a run of this version, it has no "
-                             f"{', '.join(sorted(missing))}; set resume=False for a new run")
-        theirs = state["settings"]
-        for name, value in self.settings.items():
-            if name not in ("num_epochs", "initial_weights", "pixels") and theirs.get(name) != value:
-                raise ValueError(f"{name}: the run in {self.folder} has {theirs.get(name)!r}, this one has "
-                                 f"{value!r}; resume with the same, or set resume=False for a new run")
-        if theirs.get("pixels") != self.settings["pixels"]:
-            raise ValueError(f"the run in {self.folder} has seen other images; resume with the same, in the "
-                             "same image_size and in_channels, or set resume=False for a new run")
+        state = self.folder.read_state(self._parts(), self.settings, self.device)
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.losses = state["losses"].tolist()
         self.steps, self.seconds, self.earlier = len(self.losses), state["seconds"], state["earlier"]
         self.guide_steps = state["guide_steps"]
-        self.settings["initial_weights"] = theirs.get("initial_weights")
+        self.settings["initial_weights"] = state["settings"].get("initial_weights")
         (group,), (factor,) = self.optimizer.param_groups, self.lr_schedule.lr_lambdas
         group["lr"].fill_(group["initial_lr"] * factor(self.steps))  # another one with other num_epochs
 
@@ -552,53 +511,20 @@ class Run:
                              "seconds": self.seconds, "earlier": self.earlier, "job": self.job,
                              "guide_steps": self.guide_steps}
                             | {name: part.state_dict() for name, part in self._parts().items()},
-                            self.state_path)
-            self._save_average(self.model_path)
-            self._write("loss.png", self.plot_losses)
+                            self.folder.state)
+            self._save_average(self.folder.model)
+            self.folder.write_figure("loss.png", self.plot_losses)
         self._saved_at = time.perf_counter()
 
     def _save_average(self, path: Path) -> None:
         self.average.metadata = self.model.metadata | {
-            "guidance": GUIDANCE[self._labels is not None] if self.guide_path.exists() else 1.0,
+            "guidance": GUIDANCE[self._labels is not None] if self.folder.guide.exists() else 1.0,
             "training": self.settings | {"steps": self.steps, "images_seen": self.images_seen,
                                          "seconds": round(self.seconds), "earlier": self.earlier}}
         if self.rank == 0:
             save_checkpoint(self.average.state_dict(), path)
 
-    def _set_old_files_aside(self) -> None:
-        """Moves the files of an old run into a folder of their own, named by their time."""
-        names = (*(path.name for path in (self.model_path, self.guide_path, self.state_path)),
-                 "preview.png", "loss.png")
-        old = [self.folder / name for name in names if (self.folder / name).exists()]
-        if old:
-            last = datetime.fromtimestamp(max(path.stat().st_mtime for path in old))
-            aside = self.folder / f"{last:%Y%m%d-%H%M%S}"
-            while aside.exists():  # of a run that ended in the same second
-                aside = aside.with_name(f"{aside.name}+")
-            aside.mkdir()
-            for path in old:
-                path.rename(aside / path.name)
-        initial = self.settings["initial_weights"]
-        if initial is not None:
-            guide = Path(initial).expanduser()
-            guide = guide.with_stem(f"{guide.stem}_guide")
-            if guide.exists():
-                shutil.copy(guide, self.guide_path)
-
 
 def digest(pixels: Tensor) -> str:
     """A short name for pixels: the same for the same images, wherever they lie."""
     return hashlib.blake2b(pixels.contiguous().numpy(), digest_size=8).hexdigest()
-
-
-def strip_of(previews: list[tuple[int, Image.Image]]) -> plt.Figure:
-    """One row for each preview, with the number of images seen as its label."""
-    width, height = previews[0][1].size
-    rows = len(previews)
-    figure, axes = plt.subplots(rows, figsize=(8, 6.5 * rows * height / width), squeeze=False)
-    for axis, (seen, picture) in zip(axes.flat, previews):
-        axis.imshow(picture)
-        axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(f"{seen:,}\nimages seen" if seen == previews[0][0] else f"{seen:,}", rotation=0,
-                        ha="right", va="center")
-    return figure

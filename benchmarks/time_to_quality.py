@@ -67,7 +67,7 @@ def main() -> None:
             "learning_rate": args.learning_rate, "num_epochs": args.num_epochs,
             "max_images": args.max_images, "save_dir": folder})["run"]
         whole = perf_counter() - start
-        found = measured(run.model_path, args.samples)
+        found = measured(run.folder.model, args.samples)
     cells = (date.today(), f"`{commit()}`", machine(),
              f"{args.batch_size}, {args.learning_rate:g}, {args.num_epochs}",
              f"{run.images_seen:,}", f"{run.seconds:.0f} ({whole:.0f})",

@@ -381,7 +381,7 @@ def test_a_picture_of_the_loss_that_cannot_be_written_does_not_end_the_run(tmp_p
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     before = plt.get_fignums()
     assert train(run_in(tmp_path)).steps == 10
-    assert "no loss.png after step 10: [Errno 28]" in capsys.readouterr().out
+    assert "loss.png was not written: [Errno 28]" in capsys.readouterr().out
     assert (tmp_path / "model.pth").exists() and plt.get_fignums() == before
 
 
@@ -416,7 +416,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
 def test_two_old_runs_of_the_same_second_are_both_kept(tmp_path):
     for seed in (0, 1, 2):
         run = train(run_in(tmp_path, seed=seed))
-        for path in (run.model_path, run.state_path):
+        for path in (run.folder.model, run.folder.state):
             os.utime(path, (1e9, 1e9))
         for name in ("loss.png", "preview.png"):
             (tmp_path / name).unlink(missing_ok=True)
@@ -494,7 +494,7 @@ def test_a_preview_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys
     def preview():
         raise OSError(28, "No space left on device")
     run = train(run_in(tmp_path), preview=preview, each=clock.tick)
-    assert run.steps == 10 and "no preview.png after step" in capsys.readouterr().out
+    assert run.steps == 10 and "preview.png was not written" in capsys.readouterr().out
 
 
 def test_a_long_run_keeps_its_average_after_a_sixteenth_as_a_guide_and_a_short_one_none(tmp_path):
@@ -592,7 +592,7 @@ def losses_on_gpu(folder, until=None, **arguments):
             run._meet_at = 0  # look at once
             signal.raise_signal(signal.SIGINT)
         run.step(loss_of, x0, noise, torch.full((8,), 50, device="cuda"), label)
-    run._lock.release()
+    run.folder.lock.release()
     return run.losses
 
 
