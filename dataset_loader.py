@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import make_grid
 
-from image_folder import (FIT_METHODS, MODES, FolderReport, PixelSettings, fit_image,
-                          read_folder)
+from image_folder import (FIT_METHODS, MODES, READ, FolderReport, PixelSettings, decode,
+                          extension, fit_image, read_folder)
 
 
 def to_image(x: Tensor) -> Tensor:
@@ -222,3 +222,22 @@ class ImageDataset(Dataset):
     def __getitem__(self, index: int | slice | Tensor) -> Tensor | tuple:
         images = self.pixels[index].float() / 127.5 - 1
         return (images, self.labels[index]) if self.with_labels else images
+
+
+def read_images(path: str | os.PathLike, image_size: int | tuple[int, int] = 28,
+                channels: int = 1, max_images: int | None = None,
+                ) -> tuple[Tensor, Tensor | None, list[str]]:
+    """The first images of what ImageDataset takes, or a single image file, to work on.
+
+    -> images (N, C, H, W) float32 in [-1, 1]; labels (N,) int64 or None; their classes.
+    Raises what ImageDataset raises, and ValueError for a file that is no usable image.
+    """
+    path = Path(os.path.expanduser(path))
+    if not (path.is_file() and extension(path.name) in READ):
+        data = ImageDataset(path, image_size, channels, max_images)
+        return data[:], data.labels, data.classes
+    settings = checked_settings(image_size, channels, "crop", "white", False)
+    pixels, record = decode(path.name, path.parent, settings, 16)
+    if pixels is None:
+        raise ValueError(f"{path}: {record.reason}; save it anew as a PNG file")
+    return torch.from_numpy(pixels.copy())[None].float() / 127.5 - 1, None, []

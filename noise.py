@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recorded import recorded
@@ -127,6 +128,54 @@ def autoguided(model: Predictor, guide: Predictor, guidance: float) -> Predictor
         weaker = guide(x, t).to(x.dtype)  # the difference of two predictions in bf16 has few digits left
         return weaker + guidance * (model(x, t) - weaker)
     return predict
+
+
+def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """Spherical interpolation (Shoemake 1985): along an arc from a (weight 0) to b (1).
+
+        sin((1 - w) θ) / sin θ a + sin(w θ) / sin θ b,   θ the angle between a and b
+
+    Halfway between two noises the straight line is shorter than any noise, by √2. The
+    arc keeps their length, so that the network meets what it was trained on.
+    a, b (B, ...) -> (B, ...). Undefined where they are opposite.
+    """
+    one, other = (F.normalize(x.flatten(1)) for x in (a, b))
+    angle = 2 * torch.atan2((one - other).norm(dim=1), (one + other).norm(dim=1))
+    angle = angle.clamp(min=1e-3)  # below that, arc and line are the same
+    angle = angle.view(-1, *[1] * (a.ndim - 1))
+    return (((1 - weight) * angle).sin() * a + (weight * angle).sin() * b) / angle.sin()
+
+
+def resampling_walk(timesteps: list[int], jump: int, repeats: int) -> list[int]:
+    """The timesteps that RePaint visits (Lugmayr et al. 2022, section 4.2).
+
+    timesteps: of a walk down. Each stretch of `jump` steps is walked `repeats` times:
+    from its end back up to its start, and down again. repeats = 1 is the plain walk.
+    Raises ValueError where jump or repeats is below 1.
+    """
+    if jump < 1 or repeats < 1:
+        raise ValueError(f"jump {jump}, repeats {repeats}: both must be at least 1; "
+                         "repeats = 1 walks straight down")
+    walk = timesteps[:1]
+    for first in range(0, len(timesteps) - 1, jump):
+        stretch = timesteps[first:first + jump + 1]
+        walk += stretch[1:] + (repeats - 1) * stretch
+    return walk
+
+
+def discretised_gaussian(x0: Tensor, mean: Tensor, sigma: float) -> Tensor:
+    """log p(x_0) of each pixel, one of 256 levels: a normal distribution in bins.
+
+    Eq. 13: the integral of N(mean, sigma²) over the bin of x_0, 2 / 255 wide. The first
+    and last bin, of -1 and 1, reach to infinity, so that the 256 levels sum to one.
+    x0, mean of one shape, x0 = level / 127.5 - 1; sigma > 0 -> nats, of their shape.
+    """
+    lower = torch.where(x0 < -1 + 1 / 255, -math.inf, x0 - 1 / 255 - mean) / sigma
+    upper = torch.where(x0 > 1 - 1 / 255, math.inf, x0 + 1 / 255 - mean) / sigma
+    right = lower > -upper  # there both integrals round to 1, so mirror it
+    lower, upper = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
+    lower, upper = torch.special.log_ndtr(lower), torch.special.log_ndtr(upper)
+    return upper + torch.log(-torch.expm1(lower - upper))
 
 
 class NoiseScheduler(nn.Module):
@@ -287,13 +336,131 @@ class NoiseScheduler(nn.Module):
         if xt.is_cuda and len(timesteps) > RECORDING_PAYS:  # a small network waits for its launches there
             model = recorded(model, plain_calls=1)
         for t, s in pairwise(timesteps):
-            noise_pred = model(xt, torch.full((len(xt),), t, device=xt.device)).to(xt.dtype)
-            xt = step(xt, noise_pred, t, s, generator=generator)
-            if s == -1 and not xt.isfinite().all():  # a bad number stays bad: one look at the end is enough
-                raise ValueError("the network predicted a number that is not finite: its weights are "
-                                 "damaged, or its precision is too low; load another checkpoint or "
-                                 "sample in float32")
+            xt = step(xt, self._predict(model, xt, t), t, s, generator=generator)
+            if s == -1:  # a bad number stays bad: one look at the end is enough
+                self._check_finite(xt)
             yield s, xt
+
+    def renoise_step(self, xs: Tensor, s: int | Tensor, t: int | Tensor,
+                     generator: Generators = None) -> Tensor:
+        """Forward process from s to any later t: noise is added to what has some.
+
+        Eq. 2 over all steps between, with α = ᾱ_t / ᾱ_s: x_t = √α x_s + √(1 - α) z.
+        xs (B, C, H, W); s and t ints or (B,) int64, from -1 -> x_t (B, C, H, W). For
+        t = s it is x_s. Raises ValueError for a timestep out of range, and where ints
+        t < s.
+        """
+        if not isinstance(t, Tensor) and t < s:
+            raise ValueError(f"noise from timestep {s} to {t}: must go to a later one")
+        alpha_bar_t, alpha_bar_s = (self._alpha_bar_at(at, xs, -1) for at in (t, s))
+        alpha = alpha_bar_t / alpha_bar_s
+        signal, sigma = self._on(xs, alpha**0.5, (1 - alpha)**0.5)
+        return signal * xs + sigma * gaussian_noise(xs, generator)
+
+    def inpaint(self, model: Predictor, xt: Tensor, known: Tensor, mask: Tensor,
+                num_steps: int | None = None, jump: int = 10, repeats: int = 10,
+                generator: Generators = None) -> Iterator[tuple[int, Tensor]]:
+        """Fills a hole in images: RePaint (Lugmayr et al. 2022, Algorithm 1).
+
+        Each step down takes the unknown pixels from the reverse step and the known ones
+        from the forward process of the given image (their Eq. 8):
+
+            x_s = m (√ᾱ_s x_0 + √(1 - ᾱ_s) z) + (1 - m) (drawn from p(x_s given x_t))
+
+        The reverse step does not know the known pixels of this x_s, so the parts fit
+        badly. So a few steps of noise are added again, up to a t where the network
+        sees both, and walked down once more: see `resampling_walk`. Even so the result
+        only comes near a draw from the images with these known pixels.
+        model, xt, num_steps, generator: as for `denoise`; known (B, C, H, W): images in
+        [-1, 1]; mask (H, W) bool: True where they are known.
+        Yields (t, x_t) after each step, at last (-1, x_0), whose known pixels are
+        exactly those given. Raises ValueError for a mask or image of another shape, and
+        where `denoise` does.
+        """
+        if known.shape != xt.shape:
+            raise ValueError(f"known images of shape {tuple(known.shape)}: must be "
+                             f"{tuple(xt.shape)}, as the noise")
+        if mask.shape != xt.shape[-2:] or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask of shape {tuple(mask.shape)} and {mask.dtype}: must be "
+                f"{tuple(xt.shape[-2:])} and torch.bool, True where a pixel is known")
+        walk = resampling_walk(self.timesteps(num_steps), jump, repeats)
+        return self._inpaint(model, xt, known, mask, walk, generator)
+
+    @torch.no_grad()
+    def _inpaint(self, model, xt, known, mask, walk, generator):
+        for t, s in pairwise(walk):
+            if s > t:
+                xt = self.renoise_step(xt, t, s, generator)
+            else:
+                xs = self.ddpm_step(xt, self._predict(model, xt, t), t, s, generator)
+                xt = torch.where(mask, self.renoise_step(known, -1, s, generator), xs)
+            if s == -1:
+                self._check_finite(xt)
+            yield s, xt
+
+    @torch.no_grad()
+    def invert(self, model: Predictor, x0: Tensor,
+               num_steps: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """DDIM inversion: from images to the noise from which "ddim" draws them.
+
+        With eta = 0 DDIM follows an ordinary differential equation (Song et al. 2021,
+        Eq. 13 and 14), which leads up as well as down. The step of `ddim_step` from s
+        to a later t, with the noise that is predicted at its beginning:
+
+            x_t = √ᾱ_t x̂_0 + √(1 - ᾱ_t) ε_θ,   x̂_0 = (x_s - √(1 - ᾱ_s) ε_θ) / √ᾱ_s
+
+        The way down predicts at the other end of each step, so it leads back the better
+        the smaller the steps are.
+        model, num_steps: as for `denoise`; x0 (B, C, H, W): images in [-1, 1].
+        Yields (t, x_t) after each step, t strictly increasing, at last (T-1, x_t),
+        about standard normal. Raises ValueError where `denoise` does.
+        """
+        xs = x0
+        for s, t in pairwise(self.timesteps(num_steps)[::-1]):
+            noise_pred = self._predict(model, xs, max(s, 0))  # -1 is no timestep to it
+            alpha_bar_t, alpha_bar_s = self._alpha_bars(t, s, xs)
+            signal = (alpha_bar_t / alpha_bar_s)**0.5
+            of_noise = (1 - alpha_bar_t)**0.5 - signal * (1 - alpha_bar_s)**0.5
+            xs = signal * xs + of_noise * noise_pred
+            if t == self.num_timesteps - 1:
+                self._check_finite(xs)
+            yield t, xs
+
+    def bound_terms(self, x0: Tensor, noise: Tensor, noise_pred: Tensor,
+                    t: Tensor) -> Tensor:
+        """A term of the variational bound on -log p(x_0) (Eq. 5), in bits a dimension.
+
+        What a step costs: how far the network's p(x_{t-1} given x_t) is from
+        q(x_{t-1} given x_t, x_0), which knows the image. Both are normal, of one
+        variance (Eq. 7). With the signal-to-noise ratio SNR = ᾱ / (1 - ᾱ) their
+        divergence is (Eq. 12; Kingma et al. 2021, Eq. 13)
+
+            L_t = 1/2 (SNR_{t-1} / SNR_t - 1) |ε - ε_θ(x_t, t)|²
+
+        The last step, t = 0, names one of 256 levels: -log of `discretised_gaussian`
+        around the implied image, of variance β. The bound is the expectation, over the
+        noise, of the sum over all t, and `prior_term`.
+        x0, noise, noise_pred (B, C, H, W), x0 = level / 127.5 - 1; t (B,) int64
+        -> (B,). Raises ValueError for a t of another shape, or out of range.
+        """
+        alpha_bar_t, alpha_bar_s = self._alpha_bars(t, t - 1, x0)
+        snr_t, snr_s = (a / (1 - a) for a in (alpha_bar_t, alpha_bar_s))
+        weight, spread = self._on(x0, (snr_s / snr_t - 1) / 2, snr_t**-0.5)
+        sigma, error = (1 - self._alpha_bar[1].item())**0.5, noise - noise_pred
+        last = -discretised_gaussian(x0, x0 + spread * error, sigma)
+        each = torch.where(weight.isinf(), last, weight * error**2)
+        return each.flatten(1).mean(dim=1) / math.log(2)
+
+    def prior_term(self, x0: Tensor) -> Tensor:
+        """The first term of Eq. 5, in bits a dimension: how far x_T is from pure noise.
+
+        The divergence of q(x_T given x_0) from N(0, I):
+        (ᾱ_T x_0² - ᾱ_T - log(1 - ᾱ_T)) / 2. x0 (B, C, H, W) -> (B,).
+        """
+        alpha_bar = self._alpha_bar[-1].item()
+        each = (alpha_bar * (x0**2 - 1) - math.log1p(-alpha_bar)) / 2
+        return each.flatten(1).mean(dim=1) / math.log(2)
 
     def timesteps(self, num_steps: int | None = None, spacing: float = 1.0) -> list[int]:
         """The timesteps that a walk of num_steps visits, from T-1 down to -1 (None: all T of them).
@@ -346,6 +513,17 @@ class NoiseScheduler(nn.Module):
     def _on(like: Tensor, *coefficients: float | Tensor) -> list[float | Tensor]:
         """Coefficients of the host to multiply `like` by: in its type and on its device."""
         return [c.to(like.dtype).to(like.device) if isinstance(c, Tensor) else c for c in coefficients]
+
+    @staticmethod
+    def _predict(model: Predictor, x: Tensor, t: int) -> Tensor:
+        return model(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
+
+    @staticmethod
+    def _check_finite(x: Tensor) -> None:
+        if not x.isfinite().all():
+            raise ValueError("the network predicted a number that is not finite: its "
+                             "weights are damaged, or its precision is too low; load "
+                             "another checkpoint or sample in float32")
 
     def _half_log_snr(self, t: int) -> float:
         alpha_bar = self._alpha_bar[t + 1].item()
