@@ -9,11 +9,13 @@ the noise grows in equal parts, and the network is told the time as it is.
 """
 
 import argparse
+import copy
 import math
 from pathlib import Path
+from time import monotonic
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import (device, fingerprint, header, once, parser_of, row,
                     write_page)
@@ -27,7 +29,6 @@ SPLIT = 8  # parts that a step is split into
 FINE = [1, 2, 3, 4, 6, 9, 14, 21, 30]  # stretches of timesteps near the image
 COARSE = [30, 45, 70, 110, 170, 250, 350, 450, 550, 700, 1000]
 LATER = 8  # where the shorter walk ends
-ABOUT = """TODO""".splitlines()
 TIMES = [0.0, 0.5, 1, 2, 3, 4, 6, 8, 12, 18, 26]  # for which predictions are corrected
 
 
@@ -39,6 +40,38 @@ def levels(x: Tensor) -> Tensor:
 def images_of(part: str, count: int) -> tuple[Tensor, Tensor]:
     x = mnist(part)[:count].float() / 127.5 - 1
     return x.to(device), mnist_labels(part)[:count].to(device)
+
+
+ABOUT = """
+- *Counted*: p(level given the pixel that the network predicts, in eighths of a level),
+  for all pixels alike. Each row of the table sums to one.
+- *Corrected*: a prediction is clamped to -1 ... 1, and what lacked on average where the
+  network predicted the same is added. It was trained for images that look right, with
+  hardly any weight on the smallest t, and takes black for nearly black there.
+- *Split*: the linear schedule's first step halves the signal-to-noise ratio, its second
+  takes a third. A step costs (r - 1) / 2 times the error in the noise, where the ratio
+  falls r times, and split into many small ones only log(r) / 2. The network was
+  trained on whole timesteps, but takes any time.
+- *The last step at a later t*: the table names the level from there, without a walk.
+- *Fine-tuned*: the network goes on training on the sixty thousand training digits, with
+  times drawn so that its loss is the bound. This draws worse digits, perhaps; nobody
+  looked.
+
+## Beside published figures
+
+On MNIST as it is, with 256 levels (much of what is published is for MNIST in black and
+white, which is another number).
+
+| model | bits a dimension | what it is |
+|---|---|---|
+| [Residual Flow](https://arxiv.org/abs/1906.02735), Chen et al. 2019 | 0.970 | likelihood, by a flow on pixels with uniform noise |
+| [Transformer](https://arxiv.org/abs/2006.16236), Katharopoulos et al. 2020, Table 1 | 0.621 | likelihood, pixel after pixel |
+| the same with linear attention | 0.644 | likewise |
+
+Ours is a bound, on the first test digits only, and with the label; theirs are for all
+test digits, without it. A model that goes pixel by pixel has the neighbours of a pixel
+exactly; ours has them only in noise.
+""".strip().splitlines()
 
 
 class Predictions:
@@ -68,6 +101,37 @@ class Predictions:
             noise_pred = self.model(xt, time.float().to(device), label)
             found.append(x + (noise - noise_pred) / snr.sqrt())
         return torch.cat(found)
+
+
+def fine_tuned(model: U_net, minutes: float, seed: int) -> U_net:
+    """A copy of the network, trained on for the bound: its error where the logarithm of
+    the signal-to-noise ratio is uniform is, up to a factor, the bound of fine steps.
+
+    Nine tenths of the times are of t = 0 ... 200 and the rest up to T.
+    """
+    model, start = copy.deepcopy(model).train(), monotonic()
+    x, label = images_of("train", 60_000)
+    predict, rng = Predictions(model, seed), random_stream(seed, 2)
+    grid = torch.arange(0, 999, 1 / SPLIT)
+    log_snr = predict.snr(grid).log()
+    cut = log_snr[200 * SPLIT]
+    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0)
+    while (share := (monotonic() - start) / (60 * minutes)) < 1:
+        optimiser.param_groups[0]["lr"] = 5e-4 * (1 - share) * min(1, 50 * share)
+        of = torch.randint(len(x), (32,), generator=rng)
+        u = (torch.arange(32) + torch.rand(32, generator=rng)) / 32 / 0.9
+        low, high = log_snr[-1], log_snr[0]
+        at = torch.where(u < 1, high - u * (high - cut), cut - (u - 1) * 9 * (cut - low))
+        t = grid[torch.searchsorted(-log_snr, -at.double()).clamp(max=len(grid) - 1)]
+        snr = predict.snr(t).float().view(-1, 1, 1, 1).to(device)
+        noise = torch.randn(x[of].shape, generator=predict.rng, device=device)
+        xt = (snr.sqrt() * x[of] + noise) / (1 + snr).sqrt()
+        loss = (model(xt, t.to(device), label[of]) - noise).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+    return model.eval()
 
 
 def keys(predicted: Tensor) -> Tensor:
@@ -189,8 +253,8 @@ def where_it_goes(found: dict[str, Tensor]) -> list[str]:
             *(row(name, mean_and_error(each)) for name, each in parts.items())]
 
 
-def what_helps(found: dict[str, Tensor]) -> list[str]:
-    """A table of the bound as one part after the other is mended."""
+def what_helps(found: dict[str, Tensor]) -> dict[str, str]:
+    """The bound as one part after the other is mended."""
     corrected = ", corrected"
     bounds = {
         "as Ho et al. 2020: Eq. 5, the last step a discretised Gaussian of variance β":
@@ -203,22 +267,30 @@ def what_helps(found: dict[str, Tensor]) -> list[str]:
             total(found, "counted", "split", corrected),
         f"the last step at t = {LATER}":
             total(found, "later", "split", corrected, LATER + 1)}
-    return [*header("each row with all that stands above it", "bits a dimension"),
-            *(row(name, mean_and_error(each)) for name, each in bounds.items())]
+    return {name: mean_and_error(each) for name, each in bounds.items()}
 
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("model", type=Path, help="a checkpoint of train.ipynb on MNIST with labels")
+    parser.add_argument("model", type=Path,
+                        help="a checkpoint of train.ipynb on MNIST with labels")
     parser.add_argument("--images", type=int, default=4000, help="test digits")
     parser.add_argument("--training", type=int, default=3000, help="training digits")
+    parser.add_argument("--minutes", type=float, default=10, help="of fine-tuning")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.precision = "fp32"
     model = load_model(args)
     key = (args.images, args.training, args.seed, *fingerprint(args.model))
-    found = once("likelihood", key, lambda: [measured(args, model)])[0]
-    found = {name: torch.tensor(each) for name, each in found.items()}
+
+    def found(*more, network):
+        kept = once("likelihood", (*key, *more), lambda: [measured(args, network())])
+        return {name: torch.tensor(each) for name, each in kept[0].items()}
+
+    shipped = found(network=lambda: model)
+    tuned = found(args.minutes,
+                  network=lambda: fine_tuned(model, args.minutes, args.seed))
+    helps = zip(what_helps(shipped).items(), what_helps(tuned).values())
     write_page("likelihood", args, [
         f"Bits a dimension of MNIST's first {args.images:,} test digits: an upper bound on",
         "-log2 p(image) / 784 for images of 256 grey levels. The standard error is that of",
@@ -227,8 +299,11 @@ def main() -> None:
         f"log2(10) / 784 = {math.log2(10) / 784:.3f} more, and with them the numbers hold for",
         "a model without labels. All parameters that are counted, chosen or corrected are so",
         f"on the first {args.training:,} training digits.", "",
-        "## Where the bits go", "", *where_it_goes(found), "",
-        "## What brings them down", "", *what_helps(found), "", *ABOUT], ":")
+        "## Where the bits go", "", *where_it_goes(shipped), "",
+        "## What brings them down", "",
+        *header("each row with all that stands above it", "as it is",
+                f"fine-tuned for {args.minutes:g} minutes"),
+        *(row(name, plain, after) for (name, plain), after in helps), "", *ABOUT], ":")
 
 
 if __name__ == "__main__":
