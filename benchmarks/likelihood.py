@@ -109,13 +109,14 @@ def fine_tuned(model: U_net, minutes: float, seed: int) -> U_net:
 
     Nine tenths of the times are of t = 0 ... 200 and the rest up to T.
     """
-    model, start = copy.deepcopy(model).train(), monotonic()
+    model = copy.deepcopy(model).train()
     x, label = images_of("train", 60_000)
     predict, rng = Predictions(model, seed), random_stream(seed, 2)
     grid = torch.arange(0, 999, 1 / SPLIT)
     log_snr = predict.snr(grid).log()
     cut = log_snr[200 * SPLIT]
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0)
+    start = monotonic()
     while (share := (monotonic() - start) / (60 * minutes)) < 1:
         optimiser.param_groups[0]["lr"] = 5e-4 * (1 - share) * min(1, 50 * share)
         of = torch.randint(len(x), (32,), generator=rng)
