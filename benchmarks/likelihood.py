@@ -48,14 +48,14 @@ ABOUT = """
 - *Corrected*: a prediction is clamped to -1 ... 1, and what lacked on average where the
   network predicted the same is added. It was trained for images that look right, with
   hardly any weight on the smallest t, and takes black for nearly black there.
-- *Split*: the linear schedule's first step halves the signal-to-noise ratio, its second
-  takes a third. A step costs (r - 1) / 2 times the error in the noise, where the ratio
-  falls r times, and split into many small ones only log(r) / 2. The network was
-  trained on whole timesteps, but takes any time.
+- *Split*: the linear schedule's first step from t = 1 more than halves the
+  signal-to-noise ratio. A step in which it falls r times costs (r - 1) / 2 times the
+  squared error in the noise, but split into many small ones only log(r) / 2. The network
+  was trained on whole timesteps, but takes any time.
 - *The last step at a later t*: the table names the level from there, without a walk.
 - *Fine-tuned*: the network goes on training on the sixty thousand training digits, with
-  times drawn so that its loss is the bound. This draws worse digits, perhaps; nobody
-  looked.
+  times drawn so that its loss is the bound. What digits it then draws was not looked
+  at.
 
 ## Beside published figures
 
@@ -69,8 +69,7 @@ white, which is another number).
 | the same with linear attention | 0.644 | likewise |
 
 Ours is a bound, on the first test digits only, and with the label; theirs are for all
-test digits, without it. A model that goes pixel by pixel has the neighbours of a pixel
-exactly; ours has them only in noise.
+test digits, without it. The error given is that of the sample of digits alone.
 """.strip().splitlines()
 
 
