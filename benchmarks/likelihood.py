@@ -297,8 +297,9 @@ def main() -> None:
         "the mean over the digits, with one random noise and timestep for each stretch of",
         "steps. The network is told the label of each digit; to send that as well takes",
         f"log2(10) / 784 = {math.log2(10) / 784:.3f} more, and with them the numbers hold for",
-        "a model without labels. All parameters that are counted, chosen or corrected are so",
-        f"on the first {args.training:,} training digits.", "",
+        "a model without labels. What is counted or fitted is so on the first "
+        f"{args.training:,}", "training digits; the constants at the top of the script were "
+        "set by hand, with a look at", "200 test digits.", "",
         "## Where the bits go", "", *where_it_goes(shipped), "",
         "## What brings them down", "",
         *header("each row with all that stands above it", "as it is",
