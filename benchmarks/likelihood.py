@@ -221,7 +221,8 @@ def measured(args: argparse.Namespace, model: U_net) -> dict[str, list[float]]:
         for first, end in zip(edges, edges[1:]):
             plain, corrected = bits_of_steps(predict, corrections, x, label, (first, end),
                                              split, rng)
-            found[f"{name}, {first}"], found[f"{name}, {first}, corrected"] = plain, corrected
+            found[f"{name}, {first}"] = plain
+            found[f"{name}, {first}, corrected"] = corrected
             print(name, first, end - 1, f"{plain.mean():.4f} {corrected.mean():.4f}",
                   flush=True)
     return {name: each.tolist() for name, each in found.items()}
@@ -279,8 +280,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="of fine-tuning")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.precision = "fp32"
-    model = load_model(args)
+    model = load_model(argparse.Namespace(model=args.model, precision="fp32"))
     key = (args.images, args.training, args.seed, *fingerprint(args.model))
 
     def found(*more, network):
@@ -296,10 +296,10 @@ def main() -> None:
         "-log2 p(image) / 784 for images of 256 grey levels. The standard error is that of",
         "the mean over the digits, with one random noise and timestep for each stretch of",
         "steps. The network is told the label of each digit; to send that as well takes",
-        f"log2(10) / 784 = {math.log2(10) / 784:.3f} more, and with them the numbers hold for",
-        "a model without labels. What is counted or fitted is so on the first "
-        f"{args.training:,}", "training digits; the constants at the top of the script were "
-        "set by hand, with a look at", "200 test digits.", "",
+        f"log2(10) / 784 = {math.log2(10) / 784:.3f} more, and then the bound holds for a",
+        "model without labels. What is counted or fitted is so on training digits, the",
+        f"first {args.training:,}; the constants at the top of the script were set by hand,",
+        "with a look at 200 test digits.", "",
         "## Where the bits go", "", *where_it_goes(shipped), "",
         "## What brings them down", "",
         *header("each row with all that stands above it", "as it is",
