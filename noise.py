@@ -350,7 +350,7 @@ class NoiseScheduler(nn.Module):
         t = s it is x_s. Raises ValueError for a timestep out of range, and where ints
         t < s.
         """
-        if not isinstance(t, Tensor) and t < s:
+        if not (isinstance(t, Tensor) or isinstance(s, Tensor)) and t < s:
             raise ValueError(f"noise from timestep {s} to {t}: must go to a later one")
         alpha_bar_t, alpha_bar_s = (self._alpha_bar_at(at, xs, -1) for at in (t, s))
         alpha = alpha_bar_t / alpha_bar_s
@@ -368,9 +368,9 @@ class NoiseScheduler(nn.Module):
             x_s = m (√ᾱ_s x_0 + √(1 - ᾱ_s) z) + (1 - m) (drawn from p(x_s given x_t))
 
         The reverse step does not know the known pixels of this x_s, so the parts fit
-        badly. So a few steps of noise are added again, up to a t where the network
-        sees both, and walked down once more: see `resampling_walk`. Even so the result
-        only comes near a draw from the images with these known pixels.
+        badly. Therefore some noise is added again, up to a t where the network sees
+        both, and the steps are walked once more: see `resampling_walk`. Even so the
+        result only comes near a draw from the images with these known pixels.
         model, xt, num_steps, generator: as for `denoise`; known (B, C, H, W): images in
         [-1, 1]; mask (H, W) bool: True where they are known.
         Yields (t, x_t) after each step, at last (-1, x_0), whose known pixels are
@@ -434,7 +434,7 @@ class NoiseScheduler(nn.Module):
         What a step costs: how far the network's p(x_{t-1} given x_t) is from
         q(x_{t-1} given x_t, x_0), which knows the image. Both are normal, of one
         variance (Eq. 7). With the signal-to-noise ratio SNR = ᾱ / (1 - ᾱ) their
-        divergence is (Eq. 12; Kingma et al. 2021, Eq. 13)
+        divergence is (Eq. 12; Kingma et al. 2021, section 4)
 
             L_t = 1/2 (SNR_{t-1} / SNR_t - 1) |ε - ε_θ(x_t, t)|²
 

@@ -9,11 +9,13 @@ the noise grows in equal parts, and the network is told the time as it is.
 """
 
 import argparse
+import copy
 import math
 from pathlib import Path
+from time import monotonic
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import (device, fingerprint, header, once, parser_of, row,
                     write_page)
@@ -27,7 +29,6 @@ SPLIT = 8  # parts that a step is split into
 FINE = [1, 2, 3, 4, 6, 9, 14, 21, 30]  # stretches of timesteps near the image
 COARSE = [30, 45, 70, 110, 170, 250, 350, 450, 550, 700, 1000]
 LATER = 8  # where the shorter walk ends
-ABOUT = """TODO""".splitlines()
 TIMES = [0.0, 0.5, 1, 2, 3, 4, 6, 8, 12, 18, 26]  # for which predictions are corrected
 
 
@@ -39,6 +40,37 @@ def levels(x: Tensor) -> Tensor:
 def images_of(part: str, count: int) -> tuple[Tensor, Tensor]:
     x = mnist(part)[:count].float() / 127.5 - 1
     return x.to(device), mnist_labels(part)[:count].to(device)
+
+
+ABOUT = """
+- *Counted*: p(level given the pixel that the network predicts, in eighths of a level),
+  for all pixels alike. Each row of the table sums to one.
+- *Corrected*: a prediction is clamped to -1 ... 1, and what lacked on average where the
+  network predicted the same is added. It was trained for images that look right, with
+  hardly any weight on the smallest t, and takes black for nearly black there.
+- *Split*: the linear schedule's first step from t = 1 more than halves the
+  signal-to-noise ratio. A step in which it falls r times costs (r - 1) / 2 times the
+  squared error in the noise, but split into many small ones only log(r) / 2. The network
+  was trained on whole timesteps, but takes any time.
+- *The last step at a later t*: the table names the level from there, without a walk.
+- *Fine-tuned*: the network goes on training on the sixty thousand training digits, with
+  times drawn so that its loss is the bound. What digits it then draws was not looked
+  at.
+
+## Beside published figures
+
+On MNIST as it is, with 256 levels (much of what is published is for MNIST in black and
+white, which is another number).
+
+| model | bits a dimension | what it is |
+|---|---|---|
+| [Residual Flow](https://arxiv.org/abs/1906.02735), Chen et al. 2019 | 0.970 | likelihood, by a flow on pixels with uniform noise |
+| [Transformer](https://arxiv.org/abs/2006.16236), Katharopoulos et al. 2020, Table 1 | 0.621 | likelihood, pixel after pixel |
+| the same with linear attention | 0.644 | likewise |
+
+Ours is a bound, on the first test digits only, and with the label; theirs are for all
+test digits, without it. The error given is that of the sample of digits alone.
+""".strip().splitlines()
 
 
 class Predictions:
@@ -68,6 +100,38 @@ class Predictions:
             noise_pred = self.model(xt, time.float().to(device), label)
             found.append(x + (noise - noise_pred) / snr.sqrt())
         return torch.cat(found)
+
+
+def fine_tuned(model: U_net, minutes: float, seed: int) -> U_net:
+    """A copy of the network, trained on for the bound: its error where the logarithm of
+    the signal-to-noise ratio is uniform is, up to a factor, the bound of fine steps.
+
+    Nine tenths of the times are of t = 0 ... 200 and the rest up to T.
+    """
+    model = copy.deepcopy(model).train()
+    x, label = images_of("train", 60_000)
+    predict, rng = Predictions(model, seed), random_stream(seed, 2)
+    grid = torch.arange(0, 999, 1 / SPLIT)
+    log_snr = predict.snr(grid).log()
+    cut = log_snr[200 * SPLIT]
+    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0)
+    start = monotonic()
+    while (share := (monotonic() - start) / (60 * minutes)) < 1:
+        optimiser.param_groups[0]["lr"] = 5e-4 * (1 - share) * min(1, 50 * share)
+        of = torch.randint(len(x), (32,), generator=rng)
+        u = (torch.arange(32) + torch.rand(32, generator=rng)) / 32 / 0.9
+        low, high = log_snr[-1], log_snr[0]
+        at = torch.where(u < 1, high - u * (high - cut), cut - (u - 1) * 9 * (cut - low))
+        t = grid[torch.searchsorted(-log_snr, -at.double()).clamp(max=len(grid) - 1)]
+        snr = predict.snr(t).float().view(-1, 1, 1, 1).to(device)
+        noise = torch.randn(x[of].shape, generator=predict.rng, device=device)
+        xt = (snr.sqrt() * x[of] + noise) / (1 + snr).sqrt()
+        loss = (model(xt, t.to(device), label[of]) - noise).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+    return model.eval()
 
 
 def keys(predicted: Tensor) -> Tensor:
@@ -157,7 +221,8 @@ def measured(args: argparse.Namespace, model: U_net) -> dict[str, list[float]]:
         for first, end in zip(edges, edges[1:]):
             plain, corrected = bits_of_steps(predict, corrections, x, label, (first, end),
                                              split, rng)
-            found[f"{name}, {first}"], found[f"{name}, {first}, corrected"] = plain, corrected
+            found[f"{name}, {first}"] = plain
+            found[f"{name}, {first}, corrected"] = corrected
             print(name, first, end - 1, f"{plain.mean():.4f} {corrected.mean():.4f}",
                   flush=True)
     return {name: each.tolist() for name, each in found.items()}
@@ -189,8 +254,8 @@ def where_it_goes(found: dict[str, Tensor]) -> list[str]:
             *(row(name, mean_and_error(each)) for name, each in parts.items())]
 
 
-def what_helps(found: dict[str, Tensor]) -> list[str]:
-    """A table of the bound as one part after the other is mended."""
+def what_helps(found: dict[str, Tensor]) -> dict[str, str]:
+    """The bound as one part after the other is mended."""
     corrected = ", corrected"
     bounds = {
         "as Ho et al. 2020: Eq. 5, the last step a discretised Gaussian of variance β":
@@ -203,32 +268,43 @@ def what_helps(found: dict[str, Tensor]) -> list[str]:
             total(found, "counted", "split", corrected),
         f"the last step at t = {LATER}":
             total(found, "later", "split", corrected, LATER + 1)}
-    return [*header("each row with all that stands above it", "bits a dimension"),
-            *(row(name, mean_and_error(each)) for name, each in bounds.items())]
+    return {name: mean_and_error(each) for name, each in bounds.items()}
 
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("model", type=Path, help="a checkpoint of train.ipynb on MNIST with labels")
+    parser.add_argument("model", type=Path,
+                        help="a checkpoint of train.ipynb on MNIST with labels")
     parser.add_argument("--images", type=int, default=4000, help="test digits")
     parser.add_argument("--training", type=int, default=3000, help="training digits")
+    parser.add_argument("--minutes", type=float, default=10, help="of fine-tuning")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.precision = "fp32"
-    model = load_model(args)
+    model = load_model(argparse.Namespace(model=args.model, precision="fp32"))
     key = (args.images, args.training, args.seed, *fingerprint(args.model))
-    found = once("likelihood", key, lambda: [measured(args, model)])[0]
-    found = {name: torch.tensor(each) for name, each in found.items()}
+
+    def found(*more, network):
+        kept = once("likelihood", (*key, *more), lambda: [measured(args, network())])
+        return {name: torch.tensor(each) for name, each in kept[0].items()}
+
+    shipped = found(network=lambda: model)
+    tuned = found(args.minutes,
+                  network=lambda: fine_tuned(model, args.minutes, args.seed))
+    helps = zip(what_helps(shipped).items(), what_helps(tuned).values())
     write_page("likelihood", args, [
         f"Bits a dimension of MNIST's first {args.images:,} test digits: an upper bound on",
         "-log2 p(image) / 784 for images of 256 grey levels. The standard error is that of",
         "the mean over the digits, with one random noise and timestep for each stretch of",
         "steps. The network is told the label of each digit; to send that as well takes",
-        f"log2(10) / 784 = {math.log2(10) / 784:.3f} more, and with them the numbers hold for",
-        "a model without labels. All parameters that are counted, chosen or corrected are so",
-        f"on the first {args.training:,} training digits.", "",
-        "## Where the bits go", "", *where_it_goes(found), "",
-        "## What brings them down", "", *what_helps(found), "", *ABOUT], ":")
+        f"log2(10) / 784 = {math.log2(10) / 784:.3f} more, and then the bound holds for a",
+        "model without labels. What is counted or fitted is so on training digits, the",
+        f"first {args.training:,}; the constants at the top of the script were set by hand,",
+        "with a look at 200 test digits.", "",
+        "## Where the bits go", "", *where_it_goes(shipped), "",
+        "## What brings them down", "",
+        *header("each row with all that stands above it", "as it is",
+                f"fine-tuned for {args.minutes:g} minutes"),
+        *(row(name, plain, after) for (name, plain), after in helps), "", *ABOUT], ":")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import guidance  # noqa: E402
+import likelihood  # noqa: E402
 import measure  # noqa: E402
 import quality  # noqa: E402
 import recipe as recipes  # noqa: E402
@@ -233,6 +234,97 @@ def test_the_loss_of_a_network_that_predicts_zero_is_the_variance_of_the_noise()
     model = Zero()
     assert loss_on_test_images(model, 500) == pytest.approx(1, abs=0.02)
     assert torch.equal(torch.cat(model.seen), measure.mnist_labels("t10k")[:500])
+
+
+# Likelihood
+
+class Nothing(nn.Module):
+    """A network that predicts zero: every error is the noise, of variance 1."""
+    metadata = {"noise_schedule": SCHEDULE}
+
+    def forward(self, x, t, label):
+        return torch.zeros_like(x)
+
+
+def paper_snr(times) -> torch.Tensor:
+    """The ratio at times, where a step of the paper is one of equal parts."""
+    alpha = 1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    alpha_bar = [math.prod(alpha[:int(time) + 1].tolist())
+                 * alpha[min(int(time) + 1, 999)].item()**(time % 1) for time in times]
+    return torch.tensor([a / (1 - a) for a in alpha_bar], dtype=torch.float64)
+
+
+def test_the_signal_to_noise_ratio_is_known_at_real_times():
+    predict = likelihood.Predictions(Nothing(), 0)
+    times = [0.0, 0.25, 1.0, 17.5, 500.125, 999.0]
+    found = predict.snr(torch.tensor(times))
+    torch.testing.assert_close(found, paper_snr(times), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("stretch, split", [((1, 2), 1), ((4, 6), 1), ((4, 6), 8),
+                                            ((450, 550), 1)])
+def test_a_stretch_of_steps_costs_what_its_steps_cost_on_average(stretch, split):
+    first, end = stretch
+    snr = paper_snr([first - 1 + i / split for i in range((end - first) * split + 1)])
+    expected = ((snr[:-1] / snr[1:] - 1) / 2).sum().item() / math.log(2)
+    x, label = random_images(400).float() / 127.5 - 1, torch.zeros(400).long()
+    predict = likelihood.Predictions(Nothing(), 0)
+    nothing = torch.zeros(len(likelihood.TIMES), likelihood.NUM_KEYS)
+    plain, _ = likelihood.bits_of_steps(predict, nothing, x, label, stretch, split,
+                                        torch.Generator().manual_seed(0))
+    error = plain.std().item() / 20
+    assert abs(plain.mean().item() - expected) < max(0.01 * expected, 4 * error)
+    assert plain.std().item() < 0.5 * expected
+
+
+def test_the_counted_last_step_sums_to_one_and_knows_what_was_counted():
+    x = random_images(50).float() / 127.5 - 1
+    predicted = torch.where(x > 0, x - 40 / 127.5, x)  # bright pixels are 40 levels off
+    p, width = likelihood.last_step(x, predicted)
+    torch.testing.assert_close(p.sum(dim=1), torch.ones(likelihood.NUM_KEYS))
+    assert (p > 0).all()
+    counted = likelihood.bits_of_last_step(p, x, predicted).mean()
+    single = -likelihood.discretised_gaussian(x, predicted, width / 127.5).mean()
+    assert counted < single / math.log(2) / 2
+
+
+def test_a_correction_is_the_mean_of_what_lacks():
+    x = torch.full((100, 1, 8, 8), -1.0)
+    predicted = x + 3 / 127.5
+    added = likelihood.correction(x, predicted)[likelihood.keys(predicted)]
+    torch.testing.assert_close(added, torch.full_like(x, -3 / 127.5), rtol=0.01, atol=0)
+    assert likelihood.correction(x, predicted)[likelihood.keys(x)].abs().max() == 0
+
+
+def test_fine_tuning_for_the_bound_draws_times_evenly_and_leaves_the_network(monkeypatch):
+    """Evenly in the logarithm of the ratio, nine tenths of them up to t = 200."""
+    model, seen = small_network(), []
+    before = {name: value.clone() for name, value in model.state_dict().items()
+              if isinstance(value, torch.Tensor)}
+    forward = U_net.forward
+    monkeypatch.setattr(U_net, "forward", lambda self, x, t, label: seen.append(t)
+                        or forward(self, x, t, label))
+    tuned = likelihood.fine_tuned(model, 0.03, 0)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not torch.equal(tuned.state_dict()["out.weight"], before["out.weight"])
+    times = torch.cat(seen)
+    assert len(seen) > 3 and 0 <= times.min() and times.max() < 999
+    assert (times <= 200).double().mean().item() == pytest.approx(0.9, abs=0.05)
+    log_snr = paper_snr(times[times <= 200].tolist()).log()
+    middle = (paper_snr([0.0]).log() + paper_snr([200.0]).log()).item() / 2
+    assert (log_snr > middle).double().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_bound_takes_each_step_once():
+    """With parts that are the number of their steps: the steps from the last one on."""
+    found = {"prior": torch.zeros(1)} | {
+        f"last, {name}": torch.ones(1) for name in ("beta", "later")}
+    for name, edges in (("far", likelihood.COARSE), ("near", likelihood.FINE)):
+        for first, end in zip(edges, edges[1:]):
+            found[f"{name}, {first}"] = torch.tensor([float(end - first)])
+    assert likelihood.total(found, "beta", "near").item() == 1000
+    assert likelihood.total(found, "later", "near", start=9).item() == 1000 - 8
 
 
 # Drawing

@@ -1,4 +1,4 @@
-"""Both notebooks, run as a user runs them, and the form in which they are committed."""
+"""All notebooks, run as a user runs them, and the form in which they are committed."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from PIL import Image
 
 import run_notebook
 from checkpoint import load_checkpoint, save_checkpoint
+from dataset_loader import read_idx
 from model import U_net
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +30,9 @@ PARAMETERS = {
                    "batch_size micro_batch_size learning_rate num_epochs max_images precision seed "
                    "save_dir resume",
     "generate_image.ipynb": "model_path num_images first_image label seed output_dir sampler "
-                            "num_steps guidance precision"}
+                            "num_steps guidance precision",
+    "edit_image.ipynb": "model_path image_path label seed output_dir num_images num_steps "
+                        "precision"}
 SMALL = {"data_path": MNIST, "network": {"widths": [16, 32]}, "t_dim": 32, "max_images": 256,
          "num_epochs": 2, "num_timesteps": 100, "batch_size": 64, "precision": "fp32"}
 
@@ -58,6 +61,13 @@ def generate(folder, **parameters):
     return out, run_notebook.run_notebook("generate_image.ipynb", parameters)
 
 
+def edit(folder, **parameters):
+    """Edits in few steps; returns the names that the notebook defines."""
+    parameters = {"model_path": str(folder / "run" / "model.pth"), "num_images": 6,
+                  "output_dir": str(folder / "edited"), "num_steps": 5} | parameters
+    return run_notebook.run_notebook("edit_image.ipynb", parameters)
+
+
 def pixels(folder):
     return np.stack([np.asarray(Image.open(folder / f"x_{i}.png")) for i in range(4)]).astype(int)
 
@@ -74,23 +84,25 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_the_readmes_first_command_runs_both_notebooks_in_jupyter(tmp_path):
+def test_the_readmes_first_command_runs_all_notebooks_in_jupyter(tmp_path):
     """In copies, since the notebooks write beside themselves."""
     (tmp_path / "Assets").symlink_to(ROOT / "Assets")
-    for name in ("train.ipynb", "generate_image.ipynb"):
+    for name in PARAMETERS:
         notebook = nbformat.read(name, 4)
         cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
         few = SMALL | {"save_dir": str(tmp_path / "run")} if name == "train.ipynb" else {
             "model_path": str(tmp_path / "run" / "model.pth"), "num_images": 2, "num_steps": 3,
-            "output_dir": str(tmp_path / "images")}
+            "output_dir": str(tmp_path / name.removesuffix("_image.ipynb"))}
         cell.source += "\n" + "\n".join(f"{key} = {value!r}" for key, value in few.items())
         nbformat.write(notebook, tmp_path / name)
         finished = subprocess.run(
             [sys.executable, "-m", "jupyter", "execute", "--output=ran", str(tmp_path / name)], text=True,
             env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=300, cwd=ROOT)
         assert finished.returncode == 0, finished.stderr
-    assert {"x_0.png", "x_1.png"} == set(os.listdir(tmp_path / "images"))
-    assert {"grid.png", "classes.png"} == set(os.listdir(tmp_path / "images_figures"))
+    assert {"x_0.png", "x_1.png"} == set(os.listdir(tmp_path / "generate"))
+    assert {"grid.png", "classes.png"} == set(os.listdir(tmp_path / "generate_figures"))
+    assert {"filled.png", "redrawn.png", "between.png", "bound.png"} <= set(
+        os.listdir(tmp_path / "edit"))
 
 
 def test_a_folder_of_colour_images_with_classes_is_learnt_and_drawn_by_name(tmp_path, capsys):
@@ -201,6 +213,60 @@ def test_an_unlabelled_checkpoint_of_before_still_draws_the_same(tmp_path):
     assert names["guidance"] == 1 and not names["classes"]
     x, t = torch.randn(1, 1, 28, 28), torch.tensor([3])
     assert torch.equal(names["model"](x, t), model(x, t))
+
+
+# What else the network knows
+
+def test_digits_are_edited_and_judged_with_their_labels(trained):
+    names = edit(trained)
+    x0, mask, rows = names["x0"], names["mask"], names["rows"]
+    labels = read_idx(ROOT / "Assets" / "MNIST" / "t10k-labels-idx1-ubyte.gz")
+    labels = labels[:6].long()
+    assert names["own"].tolist() == names["labels"].tolist() == labels.tolist()
+    for label in (None, labels[:1].expand(8)):
+        filled = names["fill"](label)
+        assert torch.equal(filled[..., mask], x0[:1].expand(8, 1, 28, 28)[..., mask])
+        assert (filled[..., ~mask] != x0[:1][..., ~mask]).any()
+    assert len(names["errors"]) == len(names["steps"]) == 4  # of 100 timesteps
+    assert names["found"].tolist() == names["distance"].argmin(dim=1).tolist()
+    assert names["wrong"] == [i for i in range(6) if names["found"][i] != labels[i]]
+    terms, total = names["bounds"]["noise"]
+    assert (total > names["bounds"]["as it is"][1]).all()
+    model, scheduler = names["model"], names["scheduler"]
+    expected, rng = scheduler.prior_term(x0), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for t in range(100):  # of which the notebook draws one of each of 60 stretches
+            t = torch.full((len(x0),), t)
+            noise = torch.randn(x0.shape, generator=rng)
+            noise_pred = model(scheduler.add_noise(x0, noise, t), t)
+            expected = expected + scheduler.bound_terms(x0, noise, noise_pred, t)
+    torch.testing.assert_close(names["bounds"]["as it is"][1], expected, rtol=0.03, atol=0)
+
+
+def test_an_image_of_the_users_is_edited_by_an_unlabelled_network(tmp_path):
+    train(tmp_path, labels=False, in_channels=3, image_size=[20, 24])
+    Image.new("RGB", (300, 200), (220, 60, 20)).save(tmp_path / "mine.PNG")
+    mine = str(tmp_path / "mine.PNG")
+    names = edit(tmp_path, image_path=mine)
+    colour = torch.tensor([220, 60, 20]).view(1, 3, 1, 1) / 127.5 - 1
+    torch.testing.assert_close(names["x0"], colour.expand(2, 3, 20, 24))
+    assert names["labels"] is None and "found" not in names
+    assert {"filled.png", "between.png", "bound.png"} <= set(
+        os.listdir(tmp_path / "edited"))
+    with pytest.raises(ValueError, match="label 7: this network was trained without"):
+        edit(tmp_path, image_path=mine, label=7)
+    (tmp_path / "mine.PNG").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="mine.PNG: no image of a format that is read"):
+        edit(tmp_path, image_path=mine)
+    with pytest.raises(FileNotFoundError, match="none.png: no such folder or file"):
+        edit(tmp_path, image_path=str(tmp_path / "none.png"))
+
+
+def test_a_label_of_the_users_replaces_that_of_the_images(trained):
+    names = edit(trained, label=3)
+    assert names["labels"].tolist() == [3] * 6 and names["own"].tolist() != [3] * 6
+    with pytest.raises(ValueError, match="label 'cat': choose from 0, 1"):
+        edit(trained, label="cat")
 
 
 # From the command line, and on many processes
