@@ -159,6 +159,7 @@ TRAINING = {
 DRAWING = {
     "model_path": Rule(take_file, "the file of a checkpoint, such as "
                        "Save_model/run/model.pth", typed=False),
+    "image_path": PATH,
     "num_images": whole(1),
     "first_image": whole(0),
     "label": Rule(take_label, "a class, a list of classes, or None for all"),

@@ -31,8 +31,7 @@ PARAMETERS = {
                    "save_dir resume",
     "generate_image.ipynb": "model_path num_images first_image label seed output_dir sampler "
                             "num_steps guidance precision",
-    "edit_image.ipynb": "model_path image_path label seed output_dir num_images num_steps "
-                        "precision"}
+    "edit_image.ipynb": "model_path image_path label seed output_dir num_images num_steps"}
 SMALL = {"data_path": MNIST, "network": {"widths": [16, 32]}, "t_dim": 32, "max_images": 256,
          "num_epochs": 2, "num_timesteps": 100, "batch_size": 64, "precision": "fp32"}
 
@@ -219,16 +218,16 @@ def test_an_unlabelled_checkpoint_of_before_still_draws_the_same(tmp_path):
 
 def test_digits_are_edited_and_judged_with_their_labels(trained):
     names = edit(trained)
-    x0, mask, rows = names["x0"], names["mask"], names["rows"]
+    x0, mask, (hidden, free, _, told) = names["x0"], names["mask"], names["completions"]
     labels = read_idx(ROOT / "Assets" / "MNIST" / "t10k-labels-idx1-ubyte.gz")
     labels = labels[:6].long()
-    assert names["own"].tolist() == names["labels"].tolist() == labels.tolist()
-    for label in (None, labels[:1].expand(8)):
-        filled = names["fill"](label)
+    assert names["labels"].tolist() == labels.tolist()
+    assert not torch.equal(free, told)
+    for filled in (free, told):
         assert torch.equal(filled[..., mask], x0[:1].expand(8, 1, 28, 28)[..., mask])
         assert (filled[..., ~mask] != x0[:1][..., ~mask]).any()
     assert len(names["errors"]) == len(names["steps"]) == 4  # of 100 timesteps
-    assert names["found"].tolist() == names["distance"].argmin(dim=1).tolist()
+    assert names["found"].tolist() == names["distance"].argmin(dim=0).tolist()
     assert names["wrong"] == [i for i in range(6) if names["found"][i] != labels[i]]
     terms, total = names["bounds"]["noise"]
     assert (total > names["bounds"]["as it is"][1]).all()
@@ -264,7 +263,7 @@ def test_an_image_of_the_users_is_edited_by_an_unlabelled_network(tmp_path):
 
 def test_a_label_of_the_users_replaces_that_of_the_images(trained):
     names = edit(trained, label=3)
-    assert names["labels"].tolist() == [3] * 6 and names["own"].tolist() != [3] * 6
+    assert names["labels"].tolist() == [3] * 6
     with pytest.raises(ValueError, match="label 'cat': choose from 0, 1"):
         edit(trained, label="cat")
 
