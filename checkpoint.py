@@ -7,6 +7,7 @@ import os
 import pickle
 import time
 import uuid
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -95,6 +96,9 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     torch.empty(0, device=device)  # a device that is not there fails here, by torch's own message
     with open(path, "rb") as file:
         try:
+            if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():  # torch.load checks no sums
+                raise zipfile.BadZipFile
+            file.seek(0)
             state = torch.load(file, map_location=device, weights_only=True)
         except (MemoryError, torch.OutOfMemoryError):
             raise

@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import make_grid
 
-from image_folder import (FIT_METHODS, MODES, READ, FolderReport, PixelSettings, decode,
-                          extension, fit_image, read_folder)
+from image_folder import (FIT_METHODS, MODES, NOT_READ, READ, FolderReport,
+                          PixelSettings, bit_depth, decode, extension, fit_image,
+                          read_folder)
 
 
 def to_image(x: Tensor) -> Tensor:
@@ -164,7 +165,8 @@ class ImageDataset(Dataset):
         gzipped or not, with its labels beside it. `~` is the home folder.
     image_size: height and width in pixels, one number or a pair, each at least 8.
     channels: 1 for grey, 3 for colour; images of the other kind are converted.
-    max_images: keep only the first so many (None: all).
+    max_images: keep only so many (None: all): the first of an IDX file, and of a folder
+        the first of each subfolder, then the second of each, and so on.
     fit: how an image of another shape gets into the size: "crop" to its centre, "pad"
         with `background`, or "squash".
     background: the colour under transparent pixels and around padded images.
@@ -224,6 +226,19 @@ class ImageDataset(Dataset):
         return (images, self.labels[index]) if self.with_labels else images
 
 
+def read_test_set(path: str | os.PathLike, image_size: int | tuple[int, int] = 28,
+                  channels: int = 1) -> ImageDataset | None:
+    """The images of the test set beside a training set, see `find_test_set`.
+
+    None where there is none, and, with a line that says why, where it cannot be read.
+    """
+    test_path = find_test_set(path)
+    try:
+        return test_path and ImageDataset(test_path, image_size, channels)
+    except (OSError, ValueError) as error:
+        print(f"the test set beside the images is not used: {error}")
+
+
 def read_images(path: str | os.PathLike, image_size: int | tuple[int, int] = 28,
                 channels: int = 1, max_images: int | None = None,
                 ) -> tuple[Tensor, Tensor | None, list[str]]:
@@ -233,11 +248,13 @@ def read_images(path: str | os.PathLike, image_size: int | tuple[int, int] = 28,
     Raises what ImageDataset raises, and ValueError for a file that is no usable image.
     """
     path = Path(os.path.expanduser(path))
-    if not (path.is_file() and extension(path.name) in READ):
+    if not (path.is_file() and extension(path.name) in READ + NOT_READ):
         data = ImageDataset(path, image_size, channels, max_images)
         return data[:], data.labels, data.classes
     settings = checked_settings(image_size, channels, "crop", "white", False)
     pixels, record = decode(path.name, path.parent, settings, 16)
+    if (bits := bit_depth([record])) < 16:  # 12 of them, for instance, as in a folder
+        pixels, record = decode(path.name, path.parent, settings, bits)
     if pixels is None:
         raise ValueError(f"{path}: {record.reason}; save it anew as a PNG file")
     return torch.from_numpy(pixels.copy())[None].float() / 127.5 - 1, None, []

@@ -17,7 +17,10 @@ AT_ONCE = 100  # images
 
 def figures_folder(output_dir: str | os.PathLike) -> Path:
     """Where grids and figures go: beside output_dir, which holds the samples alone."""
-    return Path(f"{Path(output_dir)}_figures")
+    folder = Path(output_dir)
+    if folder.name in ("", ".."):  # such as ".", which has a name all the same
+        folder = folder.resolve()
+    return Path(f"{folder}_figures")
 
 
 def draw_files(draw: Callable[[range], Tensor], images: range,

@@ -37,7 +37,7 @@ FORMATS = tuple(name for name in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "
 BOMBS = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 MODES = {1: "L", 3: "RGB"}  # Pillow's names for grey and colour
 FIT_METHODS = ("crop", "pad", "squash")
-VERSION = 3  # of the cache: another one where the same files would give other content
+VERSION = 4  # of the cache: another one where the same files would give other content
 UNREADABLE = "cannot be read"  # the fault of the disk or of rights, not of the image
 
 
@@ -295,6 +295,16 @@ def decode_all(folder: Path, names: list[str], settings: PixelSettings, bits: in
     return records
 
 
+def by_turns(names: list[str]) -> list[str]:
+    """Files in another order: the first of each first subfolder, then the second of
+    each, and so on."""
+    place, seen = {}, Counter()
+    for name in names:
+        subfolder = os.path.dirname(name).split(os.sep)[0]
+        place[name], seen[subfolder] = seen[subfolder], seen[subfolder] + 1
+    return sorted(names, key=place.get)  # which keeps the order of equals
+
+
 def decode_folder(folder: Path, listing: FolderListing, settings: PixelSettings,
                   max_images: int | None, out: BinaryIO) -> dict:
     """`pixels` (N, C, H, W), which stay in the nameless file `out`, and the rest.
@@ -302,11 +312,12 @@ def decode_folder(folder: Path, listing: FolderListing, settings: PixelSettings,
     16-bit images are decoded a second time where all of them use fewer bits.
     Raises ValueError where fewer than two images are usable.
     """
-    records = decode_all(folder, listing.images, settings, 16, max_images, out)
+    names = by_turns(listing.images) if max_images else listing.images
+    records = decode_all(folder, names, settings, 16, max_images, out)
     if (bits := bit_depth(records)) < 16:
         out.seek(0)
         out.truncate()
-        records = decode_all(folder, listing.images, settings, bits, max_images, out)
+        records = decode_all(folder, names, settings, bits, max_images, out)
     report = FolderReport.of(records, listing.hidden)
     if report.kept < min(2, max_images or 2):
         raise ValueError(f"{folder}: {report.kept} usable images, at least 2 are needed"

@@ -1,7 +1,7 @@
 """The U-Net: a noisy image x_t, its timestep t and perhaps a label -> the noise in x_t.
 
-The simple network stands first and needs nothing of what follows it; the larger one, `LargerUnet`,
-is built by the same call, `U_net(...)`, where an argument asks for something that only it has.
+The simple network stands first; of what follows it needs only `pad` and `zeroed`. The larger one,
+`LargerUnet`, is built by the same call, `U_net(...)`, where an argument is one that only it has.
 """
 
 import inspect
@@ -42,9 +42,17 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         h = F.silu(self.conv1(x))
-        h = h + self.time(F.silu(time))[:, :, None, None]
+        h = h + self.time(F.silu(time))[:, :, None, None]  # one number a channel, for all its pixels
         h = self.conv2(F.silu(h))
         return h + self.shortcut(x)
+
+
+class Metadata(dict):
+    """What a checkpoint says of itself; ValueError for what it does not say."""
+
+    def __missing__(self, name: str):
+        raise ValueError(f"{name}: the checkpoint does not say it; give the network model.metadata = "
+                         f"{{{name!r}: ...}} as train.ipynb does, and save it anew")
 
 
 class U_net(nn.Module):
@@ -61,7 +69,7 @@ class U_net(nn.Module):
     them (image size, noise schedule, ...); both travel inside the state dict.
     """
 
-    def __new__(cls, *_, **arguments):
+    def __new__(cls, *_, **arguments):  # without these arguments: the simple network, as everywhere
         of_larger = set(arguments) & set(larger_arguments())
         return super().__new__(LargerUnet if cls is U_net and of_larger else cls)
 
@@ -142,6 +150,10 @@ class U_net(nn.Module):
         if x.ndim != 4 or x.shape[1] != channels or min(x.shape[-2:]) < 8:
             raise ValueError(f"x of shape {tuple(x.shape)}: this network takes (B, {channels}, H, W) "
                              "with H and W >= 8")
+        widths, patch = self.network["widths"], self.network.get("patch", 1)
+        if patch * 2**len(widths) >= 2 * max(x.shape[-2:]):  # mostly padding
+            raise ValueError(f"widths {widths}, patch {patch}: too many levels for images of "
+                             f"{x.shape[-2]} x {x.shape[-1]}; each level halves them")
         if t.shape != x.shape[:1]:
             raise ValueError(f"t of shape {tuple(t.shape)}: must be ({len(x)},), one timestep for "
                              "each image of x")
@@ -173,7 +185,7 @@ class U_net(nn.Module):
                 raise ValueError(f"{name}: the checkpoint has {saved.get(name)}, this network has "
                                  f"{mine.get(name)}; build the network with the checkpoint's value "
                                  "or use U_net.from_checkpoint")
-        self.metadata = {name: value for name, value in state.items() if name != "network"}
+        self.metadata = Metadata((name, value) for name, value in state.items() if name != "network")
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> "U_net":
@@ -184,7 +196,7 @@ class U_net(nn.Module):
         state = load_checkpoint(path, device)
         try:
             network = state["_extra_state"]["network"]
-            defaults = default_arguments()
+            defaults = default_arguments()  # naming one of the larger network would build that
             model = cls(device, **{name: value for name, value in network.items()
                                    if name not in defaults or value != defaults[name]})
             model.load_state_dict(state)
@@ -352,9 +364,12 @@ class LargerUnet(U_net):
                              "normalise=True")
         if network["attention"] and bottom % 32:
             raise ValueError(f"bottleneck of {bottom} channels: must be a multiple of 32 with attention")
-        for name, least in (("blocks", 1), ("attention", 0), ("patch", 1)):
-            if network[name] < least:
-                raise ValueError(f"{name} {network[name]}: must be at least {least}")
+        for name, value, least in (("blocks", network["blocks"], 1), ("patch", network["patch"], 1),
+                                   ("attention", network["attention"], 0), ("bottleneck", bottom, 1)):
+            if value < least:
+                raise ValueError(f"{name} {value}: must be at least {least}")
+        if not 0 <= network["dropout"] < 1:
+            raise ValueError(f"dropout {network['dropout']}: must be in [0, 1)")
 
 
 def default_arguments() -> dict:

@@ -7,6 +7,8 @@ is 1 there, so that the last step is like every other and needs no branch.
 `noise_pred` the one that the network predicts, and each random step adds fresh noise of its own.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,159 +25,6 @@ Predictor = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> predicted noise: a
 SAMPLERS = ("ddpm", "ddim", "dpm_solver")
 BLOCK = 64  # images that share a random stream
 RECORDING_PAYS = 6  # steps of a walk, from which on a GPU it is quicker to record the first ones
-
-
-def random_stream(*numbers: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A random stream for a row of numbers in 0 ... 2^32 - 1, such as (seed, step).
-
-    Different rows of one length give different streams.
-    """
-    (state,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(state))
-
-
-class ImageStreams:
-    """The random streams of images of one seed; image i gets the same noise whatever is drawn with it.
-
-    The images share a stream by the 64. Noise is drawn for all 64, and what was not asked for is dropped:
-    for a thousand images that costs as much as one stream for all of them.
-    """
-
-    def __init__(self, seed: int, images: range, device: str | torch.device = "cpu"):
-        blocks = range(images.start // BLOCK, -(-images.stop // BLOCK))
-        self.images, self.first = images, images.start - blocks.start * BLOCK
-        self.streams = [random_stream(seed, block, device=device) for block in blocks]
-
-    def normal(self, like: Tensor) -> Tensor:
-        """The next standard normal noise of each image, (len(images), ...), like `like` (B, ...)."""
-        device = self.streams[0].device
-        noise = torch.empty(len(self.streams), BLOCK, *like.shape[1:], dtype=like.dtype, device=device)
-        for block, stream in zip(noise, self.streams):
-            block.normal_(generator=stream)
-        return noise.flatten(0, 1)[self.first:self.first + len(self.images)]
-
-
-Generators = torch.Generator | ImageStreams | None
-
-
-def image_generators(seed: int, images: range, device: str | torch.device = "cpu") -> ImageStreams:
-    """The random streams of the images of `seed` with these numbers, for `gaussian_noise` and the samplers.
-
-    images: consecutive numbers from 0, at least one. device: where they draw; another one draws others.
-    Raises ValueError for other numbers.
-    """
-    if not len(images) or images.start < 0 or images.step != 1:
-        raise ValueError(f"images {images}: must be a range of consecutive numbers from 0")
-    return ImageStreams(seed, images, device)
-
-
-def image_labels(label: str | int | list | None, seed: int, images: range, classes: list[str],
-                 counts: list[int], device: str | torch.device = "cpu") -> Tensor | None:
-    """The label of each image of `seed`, (B,) int64, or None where the network knows no classes.
-
-    label: the name or number of a class; a list of them, which the images take in turn; or None: each
-    image draws one from its own stream, as frequent as in the training data (`counts`).
-    Raises ValueError for a label that is none of `classes`.
-    """
-    if not classes:
-        if label is not None:
-            raise ValueError(f"label {label!r}: this network was trained without labels; set label = None")
-        return None
-    if label is None:
-        weights = torch.tensor(counts, dtype=torch.float64)
-        drawn = [torch.multinomial(weights, 1, generator=random_stream(seed, i, 1)) for i in images]
-        return torch.cat(drawn).to(device)
-    wanted = list(label) if isinstance(label, (list, tuple)) else [label]
-    numbers = {name: number for number, name in enumerate(classes)}
-    numbers = dict(enumerate(range(len(classes)))) | numbers | {
-        int(name): number for name, number in numbers.items() if name.isdecimal()}
-    unknown = [one for one in wanted if one not in numbers]
-    if unknown or not wanted:
-        raise ValueError(f"label {unknown[0] if unknown else label!r}: choose from {', '.join(classes)}")
-    return torch.tensor([numbers[wanted[i % len(wanted)]] for i in images], device=device)
-
-
-def gaussian_noise(like: Tensor, generator: Generators = None) -> Tensor:
-    """Standard normal noise of the shape, type and device of `like` (B, ...).
-
-    generator: None for the global stream, a generator for the whole batch, or `image_generators` of B
-    images. Raises ValueError where these are not B.
-    """
-    if isinstance(generator, ImageStreams):
-        if len(generator.images) != len(like):
-            raise ValueError(f"the streams of {len(generator.images)} images for {len(like)}: pass those of "
-                             "the images of this batch")
-        return generator.normal(like).to(like.device)
-    device = like.device if generator is None else generator.device
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
-
-
-def autoguided(model: Predictor, guide: Predictor, guidance: float) -> Predictor:
-    """Guidance: a prediction that goes on past `model`, away from a weaker `guide`.
-
-        ε = ε_guide + w (ε_model - ε_guide)
-
-    The guide may be the same network early in its training (autoguidance, Karras et al. 2024, section
-    4) or the same network without its label (classifier-free guidance, Ho and Salimans 2022). It errs
-    in the same direction as `model` and further; where both agree nothing changes.
-    guidance: w. 1 is `model` alone; more draws clearer and, in the end, less varied images.
-    Raises ValueError below 1.
-    """
-    if not guidance >= 1:
-        raise ValueError(f"guidance {guidance}: must be at least 1, which draws without the guide")
-
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        weaker = guide(x, t).to(x.dtype)  # the difference of two predictions in bf16 has few digits left
-        return weaker + guidance * (model(x, t) - weaker)
-    return predict
-
-
-def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """Spherical interpolation (Shoemake 1985): along an arc from a (weight 0) to b (1).
-
-        sin((1 - w) θ) / sin θ a + sin(w θ) / sin θ b,   θ the angle between a and b
-
-    Halfway between two noises the straight line is shorter than any noise, by √2. The
-    arc keeps their length, so that the network meets what it was trained on.
-    a, b (B, ...) -> (B, ...). Undefined where they are opposite.
-    """
-    one, other = (F.normalize(x.flatten(1)) for x in (a, b))
-    angle = 2 * torch.atan2((one - other).norm(dim=1), (one + other).norm(dim=1))
-    angle = angle.clamp(min=1e-3)  # below that, arc and line are the same
-    angle = angle.view(-1, *[1] * (a.ndim - 1))
-    return (((1 - weight) * angle).sin() * a + (weight * angle).sin() * b) / angle.sin()
-
-
-def resampling_walk(timesteps: list[int], jump: int, repeats: int) -> list[int]:
-    """The timesteps that RePaint visits (Lugmayr et al. 2022, section 4.2).
-
-    timesteps: of a walk down. Each stretch of `jump` steps is walked `repeats` times:
-    from its end back up to its start, and down again. repeats = 1 is the plain walk.
-    Raises ValueError where jump or repeats is below 1.
-    """
-    if jump < 1 or repeats < 1:
-        raise ValueError(f"jump {jump}, repeats {repeats}: both must be at least 1; "
-                         "repeats = 1 walks straight down")
-    walk = timesteps[:1]
-    for first in range(0, len(timesteps) - 1, jump):
-        stretch = timesteps[first:first + jump + 1]
-        walk += stretch[1:] + (repeats - 1) * stretch
-    return walk
-
-
-def discretised_gaussian(x0: Tensor, mean: Tensor, sigma: float) -> Tensor:
-    """log p(x_0) of each pixel, one of 256 levels: a normal distribution in bins.
-
-    Eq. 13: the integral of N(mean, sigma²) over the bin of x_0, 2 / 255 wide. The first
-    and last bin, of -1 and 1, reach to infinity, so that the 256 levels sum to one.
-    x0, mean of one shape, x0 = level / 127.5 - 1; sigma > 0 -> nats, of their shape.
-    """
-    lower = torch.where(x0 < -1 + 1 / 255, -math.inf, x0 - 1 / 255 - mean) / sigma
-    upper = torch.where(x0 > 1 - 1 / 255, math.inf, x0 + 1 / 255 - mean) / sigma
-    right = lower > -upper  # there both integrals round to 1, so mirror it
-    lower, upper = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
-    lower, upper = torch.special.log_ndtr(lower), torch.special.log_ndtr(upper)
-    return upper + torch.log(-torch.expm1(lower - upper))
 
 
 class NoiseScheduler(nn.Module):
@@ -214,8 +63,8 @@ class NoiseScheduler(nn.Module):
         -> x_t (B, C, H, W). Raises ValueError for a t of another shape or, on the CPU, out of range.
         """
         self._check(t, x0)
-        each = (-1, *[1] * (x0.ndim - 1))
-        signal, sigma = self._signal[t].view(each), self._sigma[t].view(each)
+        for_each = (-1, *[1] * (x0.ndim - 1))  # a number for each image: (B, 1, 1, 1)
+        signal, sigma = self._signal[t].view(for_each), self._sigma[t].view(for_each)
         return signal.to(x0.dtype) * x0 + sigma.to(x0.dtype) * noise
 
     def implied_x0(self, xt: Tensor, noise_pred: Tensor, t: int | Tensor) -> Tensor:
@@ -228,9 +77,27 @@ class NoiseScheduler(nn.Module):
         signal, sigma = self._on(xt, alpha_bar**0.5, (1 - alpha_bar)**0.5)
         return (xt - sigma * noise_pred) / signal
 
+    def timesteps(self, num_steps: int | None = None, spacing: float = 1.0) -> list[int]:
+        """The timesteps that a walk of num_steps visits, from T-1 down to -1 (None: all T of them).
+
+        T (1 - i / num_steps)^spacing - 1 for i = 0 ... num_steps, rounded: evenly spaced at 1, and
+        closer together near the image above 1. Raises ValueError outside 1 ... T, or spacing <= 0.
+        """
+        num_steps = self.num_timesteps if num_steps is None else num_steps
+        if not 1 <= num_steps <= self.num_timesteps:
+            raise ValueError(f"num_steps {num_steps}: must be in 1 ... {self.num_timesteps}")
+        if not 0 < spacing < math.inf:
+            raise ValueError(f"spacing {spacing}: must be above 0; 1 spaces the timesteps evenly")
+        T, timesteps = self.num_timesteps, [-1]
+        for left in range(1, num_steps + 1):  # from the image up, so that no timestep comes twice
+            most = T - num_steps + left  # which leaves room for the later ones
+            t = min(round(T * (left / num_steps)**spacing), most) - 1
+            timesteps.append(max(t, timesteps[-1] + 1))
+        return timesteps[::-1]
+
     def sample_prev_timestep(self, xt: Tensor, noise_pred: Tensor, t: int | Tensor,
                              generator: Generators = None) -> Tensor:
-        """One ancestral step: x_{t-1} drawn from p(x_{t-1} given x_t), Eq. 11's mean, Eq. 7's variance.
+        """One step of Algorithm 2: x_{t-1} drawn from p(x_{t-1} given x_t), Eq. 11's mean, Eq. 7's variance.
 
         xt, noise_pred (B, C, H, W); t an int or (B,) int64 -> x_{t-1}. At t = 0 the variance is 0:
         no noise is added.
@@ -239,7 +106,7 @@ class NoiseScheduler(nn.Module):
 
     def ddpm_step(self, xt: Tensor, noise_pred: Tensor, t: int | Tensor, s: int | Tensor,
                   generator: Generators = None) -> Tensor:
-        """Ancestral step from t to any earlier s; the steps between count as one.
+        """The step of Algorithm 2 ("ancestral"), from t to any earlier s; the steps between count as one.
 
         With α = ᾱ_t / ᾱ_s and β = 1 - α (Nichol and Dhariwal 2021, section 4):
         Eq. 11: mean = (x_t - β / √(1 - ᾱ_t) ε_θ) / √α; Eq. 7: variance = (1 - ᾱ_s) / (1 - ᾱ_t) β.
@@ -268,27 +135,31 @@ class NoiseScheduler(nn.Module):
         alpha_bar_t, alpha_bar_s = self._alpha_bars(t, s, xt)
         x0 = self.implied_x0(xt, noise_pred, t)
         sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s))**0.5
-        signal, back, sigma = self._on(xt, alpha_bar_s**0.5, (1 - alpha_bar_s - sigma**2)**0.5, sigma)
+        back = (1 - alpha_bar_s - sigma**2)**0.5  # with the fresh noise it has the variance 1 - ᾱ_s
+        signal, back, sigma = self._on(xt, alpha_bar_s**0.5, back, sigma)
         xs = signal * x0 + back * noise_pred
         if eta > 0:
             xs = xs + sigma * gaussian_noise(xt, generator)
         return xs.to(xt.dtype)
 
     def dpm_solver(self, eta: float = 1.0) -> Callable[..., Tensor]:
-        """A second-order multistep solver, a variant of DPM-Solver++(2M) (Lu et al. 2022): it uses the
-        prediction of the step before as well. Of the ODE with eta = 0, of the SDE with eta = 1.
+        """A solver that needs few steps, a variant of DPM-Solver++(2M) (Lu et al. 2022).
 
-        Let λ = log √(ᾱ / (1 - ᾱ)), half the log of the signal-to-noise ratio. On the way from t to s,
-        h = λ_s - λ_t, the exact solution (their Eq. 8; section 5 for the SDE) sees the predicted image
-        x̂_0 at each λ with the weight e^{kλ}, where k = 1 + eta². Taken to go on in a straight line as
-        it moved on the step before, from u to t, its weighted mean is
+        DDIM takes the implied image x̂_0 to stay as it is during a step, but it changes on the way. This
+        takes it to go on changing as on the step before, reckons its mean over the step, and makes the
+        step of DDIM with that. eta = 0 adds no fresh noise and eta = 1 that of the ancestral step (the
+        ODE and the SDE of the paper).
+
+        In formulas: let λ = log √(ᾱ / (1 - ᾱ)), half the log of the signal-to-noise ratio. On the way
+        from t to s, h = λ_s - λ_t, the exact solution (Eq. 8 there; section 5 for the SDE) sees x̂_0 at
+        each λ with the weight e^{kλ}, where k = 1 + eta². Where x̂_0 goes on in a straight line as it
+        moved from u, the timestep before, to t, its weighted mean is
 
             D = x̂_0(t) + (h / (1 - e^{-kh}) - 1 / k) (x̂_0(t) - x̂_0(u)) / (λ_t - λ_u)
 
-        and what follows is the step of DDIM by the noise that D leaves in x_t. (Their Algorithm 2 has
-        h / 2 in place of the bracket, close to it where h is small.) The first step has no step before
-        it, and the last, where λ_s is infinite, takes x̂_0 as it is. Between eta = 0 and 1 the fresh
-        noise is DDIM's, which is not quite that of the SDE.
+        (Algorithm 2 there has h / 2 in place of the bracket, close to it where h is small.) The first
+        step has no step before it, and the last, where λ_s is infinite, takes x̂_0 as it is. Between
+        eta = 0 and 1 the fresh noise is DDIM's, which is not quite that of the SDE.
 
         Returns step(xt, noise_pred, t, s, generator=None) -> x_s, t and s int. It keeps the prediction
         of the step before: make a new one for each batch.
@@ -303,6 +174,7 @@ class NoiseScheduler(nn.Module):
                 h, k = lambda_s - lambda_t, 1 + eta**2
                 slope = (x0 - x0_u) / (lambda_t - lambda_u)
                 correction = (h / -math.expm1(-k * h) - 1 / k) * slope  # D - x̂_0
+                # By Eq. 4 an image larger by c means a noise smaller by √ᾱ / √(1 - ᾱ) c = e^λ c
                 noise_pred = noise_pred - math.exp(lambda_t) * correction
             u, x0_u = t, x0
             return self.ddim_step(xt, noise_pred, t, s, eta, generator)
@@ -324,7 +196,8 @@ class NoiseScheduler(nn.Module):
         """
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler {sampler!r}: choose from {', '.join(SAMPLERS)}")
-        eta = float(sampler != "ddim") if eta is None else eta
+        if eta is None:
+            eta = 0.0 if sampler == "ddim" else 1.0
         if not 0 <= eta <= 1 or (sampler == "ddpm" and eta != 1):
             raise ValueError(f"eta {eta}: must be in 0 ... 1, and 1 or None with sampler 'ddpm'")
         step = {"ddpm": self.ddpm_step, "ddim": partial(self.ddim_step, eta=eta),
@@ -333,7 +206,7 @@ class NoiseScheduler(nn.Module):
 
     @torch.no_grad()
     def _steps(self, model, xt, timesteps, step, generator):
-        if xt.is_cuda and len(timesteps) > RECORDING_PAYS:  # a small network waits for its launches there
+        if xt.is_cuda and len(timesteps) > RECORDING_PAYS:  # there a small network waits for its launches
             model = recorded(model, plain_calls=1)
         for t, s in pairwise(timesteps):
             xt = step(xt, self._predict(model, xt, t), t, s, generator=generator)
@@ -462,23 +335,6 @@ class NoiseScheduler(nn.Module):
         each = (alpha_bar * (x0**2 - 1) - math.log1p(-alpha_bar)) / 2
         return each.flatten(1).mean(dim=1) / math.log(2)
 
-    def timesteps(self, num_steps: int | None = None, spacing: float = 1.0) -> list[int]:
-        """The timesteps that a walk of num_steps visits, from T-1 down to -1 (None: all T of them).
-
-        T (1 - i / num_steps)^spacing - 1 for i = 0 ... num_steps, rounded: evenly spaced at 1, and
-        closer together near the image above 1. Raises ValueError outside 1 ... T, or spacing <= 0.
-        """
-        num_steps = self.num_timesteps if num_steps is None else num_steps
-        if not 1 <= num_steps <= self.num_timesteps:
-            raise ValueError(f"num_steps {num_steps}: must be in 1 ... {self.num_timesteps}")
-        if not 0 < spacing < math.inf:
-            raise ValueError(f"spacing {spacing}: must be above 0; 1 spaces the timesteps evenly")
-        T, timesteps = self.num_timesteps, [-1]
-        for left in range(1, num_steps + 1):  # from the image up, so that no timestep comes twice
-            t = min(round(T * (left / num_steps)**spacing), T - num_steps + left) - 1
-            timesteps.append(max(t, timesteps[-1] + 1))
-        return timesteps[::-1]
-
     def _alpha_bar_at(self, t: int | Tensor, like: Tensor, first: int = 0) -> float | Tensor:
         """alpha_bar_t in float64 on the host: a number for an int t, (B, 1, 1, 1) for t (B,).
 
@@ -528,3 +384,162 @@ class NoiseScheduler(nn.Module):
     def _half_log_snr(self, t: int) -> float:
         alpha_bar = self._alpha_bar[t + 1].item()
         return math.log(alpha_bar / (1 - alpha_bar)) / 2
+
+
+# Guidance
+
+def autoguided(model: Predictor, guide: Predictor, guidance: float) -> Predictor:
+    """Guidance: a prediction that goes on past `model`, away from a weaker `guide`.
+
+        ε = ε_guide + w (ε_model - ε_guide)
+
+    The guide may be the same network early in its training (autoguidance, Karras et al. 2024, section
+    4) or the same network without its label (classifier-free guidance, Ho and Salimans 2022). It errs
+    in the same direction as `model` and further; where both agree nothing changes.
+    guidance: w. 1 is `model` alone; more draws clearer and, in the end, less varied images.
+    Raises ValueError below 1.
+    """
+    if not guidance >= 1:
+        raise ValueError(f"guidance {guidance}: must be at least 1, which draws without the guide")
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        weaker = guide(x, t).to(x.dtype)  # the difference of two predictions in bf16 has few digits left
+        return weaker + guidance * (model(x, t) - weaker)
+    return predict
+
+
+# Random numbers
+
+def random_stream(*numbers: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """A random stream for a row of numbers in 0 ... 2^32 - 1, such as (seed, step).
+
+    Different rows of one length give different streams.
+    """
+    (state,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(state))
+
+
+class ImageStreams:
+    """The random streams of images of one seed; image i gets the same noise whatever is drawn with it.
+
+    The images share a stream by the 64. Noise is drawn for all 64, and what was not asked for is dropped:
+    for a thousand images that costs as much as one stream for all of them.
+    """
+
+    def __init__(self, seed: int, images: range, device: str | torch.device = "cpu"):
+        blocks = range(images.start // BLOCK, -(-images.stop // BLOCK))
+        self.images, self.first = images, images.start - blocks.start * BLOCK
+        self.streams = [random_stream(seed, block, device=device) for block in blocks]
+
+    def normal(self, like: Tensor) -> Tensor:
+        """The next standard normal noise of each image, (len(images), ...), like `like` (B, ...)."""
+        device = self.streams[0].device
+        noise = torch.empty(len(self.streams), BLOCK, *like.shape[1:], dtype=like.dtype, device=device)
+        for block, stream in zip(noise, self.streams):
+            block.normal_(generator=stream)
+        return noise.flatten(0, 1)[self.first:self.first + len(self.images)]
+
+
+Generators = torch.Generator | ImageStreams | None
+
+
+def image_generators(seed: int, images: range, device: str | torch.device = "cpu") -> ImageStreams:
+    """The random streams of the images of `seed` with these numbers, for `gaussian_noise` and the samplers.
+
+    images: consecutive numbers from 0, at least one. device: where they draw; another one draws others.
+    Raises ValueError for other numbers.
+    """
+    if not len(images) or images.start < 0 or images.step != 1:
+        raise ValueError(f"images {images}: must be a range of consecutive numbers from 0")
+    return ImageStreams(seed, images, device)
+
+
+def image_labels(label: str | int | list | None, seed: int, images: range, classes: list[str],
+                 counts: list[int], device: str | torch.device = "cpu") -> Tensor | None:
+    """The label of each image of `seed`, (B,) int64, or None where the network knows no classes.
+
+    label: the name or number of a class; a list of them, which the images take in turn; or None: each
+    image draws one from its own stream, as frequent as in the training data (`counts`; none: all alike).
+    Raises ValueError for a label that is none of `classes`.
+    """
+    if not classes:
+        if label is not None:
+            raise ValueError(f"label {label!r}: this network was trained without labels; set label = None")
+        return None
+    if label is None:
+        weights = torch.tensor(counts or [1] * len(classes), dtype=torch.float64)
+        drawn = [torch.multinomial(weights, 1, generator=random_stream(seed, i, 1)) for i in images]
+        return torch.cat(drawn).to(device)
+    wanted = list(label) if isinstance(label, (list, tuple)) else [label]
+    numbers = {name: number for number, name in enumerate(classes)}
+    numbers = dict(enumerate(range(len(classes)))) | numbers | {
+        int(name): number for name, number in numbers.items() if name.isdecimal()}
+    unknown = [one for one in wanted if one not in numbers]
+    if unknown or not wanted:
+        raise ValueError(f"label {unknown[0] if unknown else label!r}: choose from {', '.join(classes)}")
+    return torch.tensor([numbers[wanted[i % len(wanted)]] for i in images], device=device)
+
+
+def gaussian_noise(like: Tensor, generator: Generators = None) -> Tensor:
+    """Standard normal noise of the shape, type and device of `like` (B, ...).
+
+    generator: None for the global stream, a generator for the whole batch, or `image_generators` of B
+    images. Raises ValueError where these are not B.
+    """
+    if isinstance(generator, ImageStreams):
+        if len(generator.images) != len(like):
+            raise ValueError(f"the streams of {len(generator.images)} images for {len(like)}: pass those of "
+                             "the images of this batch")
+        return generator.normal(like).to(like.device)
+    device = like.device if generator is None else generator.device
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+
+
+# What edit_image.ipynb needs besides
+
+def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """Spherical interpolation (Shoemake 1985): along an arc from a (weight 0) to b (1).
+
+        sin((1 - w) θ) / sin θ a + sin(w θ) / sin θ b,   θ the angle between a and b
+
+    Halfway between two noises the straight line is shorter than any noise, by √2. The
+    arc keeps their length, so that the network meets what it was trained on.
+    a, b (B, ...) -> (B, ...). Undefined where they are opposite.
+    """
+    one, other = (F.normalize(x.flatten(1)) for x in (a, b))
+    angle = 2 * torch.atan2((one - other).norm(dim=1), (one + other).norm(dim=1))
+    angle = angle.clamp(min=1e-3)  # below that, arc and line are the same
+    angle = angle.view(-1, *[1] * (a.ndim - 1))
+    return (((1 - weight) * angle).sin() * a + (weight * angle).sin() * b) / angle.sin()
+
+
+def resampling_walk(timesteps: list[int], jump: int, repeats: int) -> list[int]:
+    """The timesteps that RePaint visits (Lugmayr et al. 2022, section 4.2).
+
+    timesteps: of a walk down. Each stretch of `jump` steps is walked `repeats` times:
+    from its end back up to its start, and down again. repeats = 1 is the plain walk.
+    Raises ValueError where jump or repeats is below 1.
+    """
+    if jump < 1 or repeats < 1:
+        raise ValueError(f"jump {jump}, repeats {repeats}: both must be at least 1; "
+                         "repeats = 1 walks straight down")
+    walk = timesteps[:1]
+    for first in range(0, len(timesteps) - 1, jump):
+        stretch = timesteps[first:first + jump + 1]
+        walk += stretch[1:] + (repeats - 1) * stretch
+    return walk
+
+
+def discretised_gaussian(x0: Tensor, mean: Tensor, sigma: float) -> Tensor:
+    """log p(x_0) of each pixel, one of 256 levels: a normal distribution in bins.
+
+    Eq. 13: the integral of N(mean, sigma²) over the bin of x_0, 2 / 255 wide. The first
+    and last bin, of -1 and 1, reach to infinity, so that the 256 levels sum to one.
+    x0, mean of one shape, x0 = level / 127.5 - 1; sigma > 0 -> nats, of their shape.
+    """
+    lower = torch.where(x0 < -1 + 1 / 255, -math.inf, x0 - 1 / 255 - mean) / sigma
+    upper = torch.where(x0 > 1 - 1 / 255, math.inf, x0 + 1 / 255 - mean) / sigma
+    right = lower > -upper  # there both integrals round to 1, so mirror it
+    lower, upper = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
+    lower, upper = torch.special.log_ndtr(lower), torch.special.log_ndtr(upper)
+    return upper + torch.log(-torch.expm1(lower - upper))

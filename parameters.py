@@ -126,8 +126,12 @@ def take_network(value: dict) -> dict:
     return dict(value)
 
 
-def take_label(value: object) -> object:
-    if isinstance(value, (bool, float, dict)) or value == []:
+def take_label(value: str | int | list | None) -> str | int | list | None:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = value_of(value)
+    names = value if isinstance(value, (list, tuple)) and len(value) else [value]
+    if value is not None and any(isinstance(name, bool) or not isinstance(name, (str, int))
+                                 for name in names):
         raise ValueError
     return value
 
@@ -162,7 +166,8 @@ DRAWING = {
     "image_path": PATH,
     "num_images": whole(1),
     "first_image": whole(0),
-    "label": Rule(take_label, "a class, a list of classes, or None for all"),
+    "label": Rule(take_label, "a class, a list of classes, or None for all",
+                  typed=False),  # "none" may be a class
     "seed": SEED,
     "sampler": one_of(*SAMPLERS),
     "num_steps": optional(whole(1), "for all"),
@@ -170,6 +175,7 @@ DRAWING = {
                          "for what the checkpoint proposes"),
     "precision": one_of(*PRECISIONS),
     "output_dir": FOLDER}
+PATHS = {"data_path", "image_path", "initial_weights", "model_path", "output_dir", "save_dir"}
 
 
 def check_parameters(names: dict, rules: dict[str, Rule]) -> None:

@@ -15,7 +15,8 @@ from PIL import Image
 from checkpoint import load_checkpoint
 
 NO_LOCKS = (None, errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP)  # of some mounted disks
-MAY_CHANGE = ("num_epochs", "initial_weights", "pixels")  # between a run and the one that goes on with it
+MAY_CHANGE = ("num_epochs", "initial_weights")  # between a run and the one that goes on with it
+SAME_DATA = {"pixels": "other images", "labels": "other labels"}
 
 
 class RunFolder:
@@ -80,12 +81,13 @@ class RunFolder:
                              f"{', '.join(sorted(missing))}; set resume=False for a new run")
         theirs = state["settings"]
         for name, value in settings.items():
-            if name not in MAY_CHANGE and theirs.get(name) != value:
+            if name not in (*MAY_CHANGE, *SAME_DATA) and theirs.get(name) != value:
                 raise ValueError(f"{name}: the run in {self.path} has {theirs.get(name)!r}, this one has "
                                  f"{value!r}; resume with the same, or set resume=False for a new run")
-        if theirs.get("pixels") != settings["pixels"]:
-            raise ValueError(f"the run in {self.path} has seen other images; resume with the same, in the same "
-                             "image_size and in_channels, or set resume=False for a new run")
+        for name, others in SAME_DATA.items():
+            if theirs.get(name) != settings[name]:
+                raise ValueError(f"the run in {self.path} has seen {others}; resume with the same, in the same "
+                                 "image_size and in_channels, or set resume=False for a new run")
         return state
 
     def write_figure(self, name: str, draw: Callable[[], plt.Figure]) -> None:

@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 8 run_notebook.py train.ipynb --batch_size 256
 
 What the notebook would show goes as files into `figures` in its save_dir, or beside its output_dir.
+It runs in the notebook's folder, as in Jupyter; a path that is typed is from where you are.
 """
 
 import ast
@@ -17,7 +18,7 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 from drawing import figures_folder
-from parameters import value_of
+from parameters import PATHS, value_of
 
 
 def read_parameters(words: list[str]) -> dict:
@@ -76,9 +77,13 @@ def main() -> None:
     plt.switch_backend("agg")  # which opens no windows
     for stream in (sys.stdout, sys.stderr):  # names of files may have letters that the terminal lacks
         stream.reconfigure(errors="backslashreplace")
-    sys.path.insert(0, str(Path(sys.argv[1]).resolve().parent))
-    first = os.environ.get("RANK", "0") == "0"
+    notebook, first = Path(sys.argv[1]).resolve(), os.environ.get("RANK", "0") == "0"
+    sys.path.insert(0, str(notebook.parent))
     parameters = read_parameters(sys.argv[2:])
+    if Path.cwd() != notebook.parent:
+        for name in PATHS & {name for name, value in parameters.items() if isinstance(value, str)}:
+            parameters[name] = os.path.abspath(os.path.expanduser(parameters[name]))
+        os.chdir(notebook.parent)
 
     def save(names, number, picture):
         if first and ("save_dir" in names or "output_dir" in names):
@@ -89,7 +94,7 @@ def main() -> None:
             plt.savefig(file, bbox_inches="tight") if picture == "figure" else picture.save(file)
         plt.close("all")
 
-    run_notebook(sys.argv[1], parameters, save)
+    run_notebook(notebook, parameters, save)
 
 
 if __name__ == "__main__":

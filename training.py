@@ -214,7 +214,8 @@ class Run:
         self.settings = {
             "batch_size": batch_size, "learning_rate": learning_rate, "num_epochs": num_epochs,
             "seed": seed, "num_images": len(data), "pixels": digest(data.pixels),
-            "labels": use_labels, "precision": "bf16" if self.precision._enabled else "fp32",
+            "labels": digest(data.labels) if use_labels else None,
+            "precision": "bf16" if self.precision._enabled else "fp32",
             "device": self.device, "initial_weights": initial_weights and str(initial_weights)}
         self.losses, self.steps, self.seconds, self.previews = [], 0, 0.0, []
         self.folder = RunFolder(save_dir, writes=self.rank == 0)
@@ -428,7 +429,7 @@ class Run:
 
     def _check_losses(self, losses: list[float], norms: list[float]) -> None:
         """Raises FloatingPointError where a gradient was not finite or the loss has grown out of bounds."""
-        at = f"learning rate {self.lr_schedule.get_last_lr()[0].item():.3g}"
+        at = f"learning_rate {self.settings['learning_rate']:g}"
         remedy = "start again with a lower learning_rate"
         for step, norm in enumerate(norms, start=len(self.losses) + 1):
             if not math.isfinite(norm):
@@ -464,7 +465,11 @@ class Run:
             raise ValueError(f"initial_weights {path}: this run would write over it; choose another "
                              "save_dir")
         metadata = self.model.metadata
-        self.model.load_state_dict(load_checkpoint(path, self.device))
+        try:
+            self.model.load_state_dict(load_checkpoint(path, self.device))
+        except RuntimeError as error:
+            raise ValueError(f"initial_weights {path}: not the weights of this network; pass a model that "
+                             "train.ipynb wrote with the same network") from error
         theirs = self.model.metadata.get("noise_schedule")
         if theirs != metadata.get("noise_schedule"):
             raise ValueError(f"noise_schedule: {path} has {theirs}, this run has "
@@ -490,7 +495,7 @@ class Run:
         return flag.item() > 0
 
     def _load(self) -> None:
-        state = self.folder.read_state(self._parts(), self.settings, self.device)
+        state = self.folder.read_state(self._parts(), self.settings | self._described(), self.device)
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.losses = state["losses"].tolist()
@@ -500,6 +505,10 @@ class Run:
         (group,), (factor,) = self.optimizer.param_groups, self.lr_schedule.lr_lambdas
         group["lr"].fill_(group["initial_lr"] * factor(self.steps))  # another one with other num_epochs
 
+    def _described(self) -> dict:
+        """What the checkpoint says of the network's task, which must stay the same in one run."""
+        return {name: self.model.metadata.get(name) for name in ("noise_schedule", "classes")}
+
     def _parts(self) -> dict:
         return {"model": self.model, "average": self.average, "optimizer": self.optimizer,
                 "lr_schedule": self.lr_schedule}
@@ -507,7 +516,7 @@ class Run:
     def _save(self) -> None:
         """Writes the state, from which resume goes on, and then the averaged weights made of it."""
         if self.rank == 0:
-            save_checkpoint({"settings": self.settings, "losses": torch.tensor(self.losses),
+            save_checkpoint({"settings": self.settings | self._described(), "losses": torch.tensor(self.losses),
                              "seconds": self.seconds, "earlier": self.earlier, "job": self.job,
                              "guide_steps": self.guide_steps}
                             | {name: part.state_dict() for name, part in self._parts().items()},
@@ -525,6 +534,6 @@ class Run:
             save_checkpoint(self.average.state_dict(), path)
 
 
-def digest(pixels: Tensor) -> str:
-    """A short name for pixels: the same for the same images, wherever they lie."""
-    return hashlib.blake2b(pixels.contiguous().numpy(), digest_size=8).hexdigest()
+def digest(values: Tensor) -> str:
+    """A short name for pixels or labels: the same for the same images, wherever they lie."""
+    return hashlib.blake2b(values.contiguous().numpy(), digest_size=8).hexdigest()

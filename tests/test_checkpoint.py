@@ -40,6 +40,15 @@ def test_network_and_metadata_come_back_from_the_file_alone(tmp_path):
     assert loaded.network == model.network and loaded.metadata == model.metadata
 
 
+def test_what_a_checkpoint_does_not_say_is_named(tmp_path):
+    model = small_network(num_classes=2)
+    save_checkpoint(model.state_dict(), tmp_path / "own_loop.pth")
+    loaded = U_net.from_checkpoint(tmp_path / "own_loop.pth")
+    with pytest.raises(ValueError, match="noise_schedule: the checkpoint does not say it; give the network"):
+        loaded.metadata["noise_schedule"]
+    assert loaded.metadata.get("classes", []) == []
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, (str(self.target),)
@@ -63,12 +72,18 @@ def test_damaged_missing_and_foreign_files_are_named(tmp_path):
     path = tmp_path / "model.pth"
     with pytest.raises(FileNotFoundError, match="model.pth: no such checkpoint"):
         load_checkpoint(path)
-    save_checkpoint(small_network().state_dict(), path)
+    small = small_network()
+    save_checkpoint(small.state_dict(), path)
     whole = path.read_bytes()
     for content in (b"", b"hello", whole[:len(whole) // 2]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="model.pth: refused"):
             load_checkpoint(path)
+    at = whole.index(small.state_dict()["out.weight"].numpy().tobytes())
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])  # one bit of one weight
+    torch.load(path, weights_only=True)  # which does not see it
+    with pytest.raises(ValueError, match="model.pth: refused, it is damaged"):
+        load_checkpoint(path)
     torch.save(torch.zeros(3), path)
     with pytest.raises(ValueError, match="holds a Tensor"):
         load_checkpoint(path)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from checkpoint import atomic_file
-from dataset_loader import ImageDataset, find_test_set, image_grid, read_idx, to_image
+from dataset_loader import (ImageDataset, find_test_set, image_grid, read_idx, read_test_set,
+                            to_image)
 
 ROOT = Path(__file__).parents[1]
 MNIST = ROOT / "Assets" / "MNIST"
@@ -481,3 +482,28 @@ def test_the_test_set_beside_a_training_set_is_found(tmp_path, monkeypatch):
     assert find_test_set(str(tmp_path / "letters-train-images")) == tmp_path / "letters-test-images"
     for name in ("test", "alone-train", "nowhere"):
         assert find_test_set(tmp_path / name) is None
+
+
+def test_a_test_set_that_cannot_be_read_is_said_and_not_used(tmp_path, capsys):
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+    assert read_test_set(tmp_path / "train") is None
+    said = capsys.readouterr().out
+    assert "the test set beside the images is not used: no images under" in said and "test" in said
+    for number in range(2):
+        Image.new("RGB", (9, 9), (0, 255 * number, 0)).save(tmp_path / "test" / f"{number}.png")
+    found = read_test_set(tmp_path / "train", [8, 12], 3)
+    assert found[:].shape == (2, 3, 8, 12) and found[1][:, 0, 0].tolist() == [-1, 1, -1]
+    assert read_test_set(tmp_path / "test") is None
+
+
+def test_few_images_of_a_folder_are_of_all_its_classes(tmp_path):
+    """The first two of three classes, by turns; of a class that has one, that one."""
+    for name, count in (("a", 5), ("b", 1), ("c", 3)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            Image.new("L", (8, 8), 50 * number + ord(name)).save(tmp_path / name / f"{number}.png")
+    data = ImageDataset(tmp_path, 8, max_images=5)
+    assert data.classes == ["a", "b", "c"] and data.labels.tolist() == [0, 1, 2, 0, 2]
+    grey = [ord("a"), ord("b"), ord("c"), 50 + ord("a"), 50 + ord("c")]
+    assert data.pixels[:, 0, 0, 0].tolist() == grey

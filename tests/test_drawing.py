@@ -54,6 +54,8 @@ def test_the_folder_holds_the_samples_and_nothing_else(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="Couldn't find any class folder"):  # grids are no class
         find_classes(out)
     assert figures_folder(out) == tmp_path / "out_figures"
+    monkeypatch.chdir(out)
+    assert figures_folder(".") == tmp_path / "out_figures"
     assert os.listdir(tmp_path / "out_figures") == ["grid.png"]
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import image_folder
-from dataset_loader import ImageDataset
+from dataset_loader import ImageDataset, read_images, to_image
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,6 +94,8 @@ def test_of_16_bit_images_the_upper_8_of_the_bits_in_use_count(tmp_path, bits, n
     data = ImageDataset(tmp_path, image_size=16)
     assert np.array_equal(data.pixels[0, 0].numpy(), levels)
     assert np.array_equal(data.pixels[1, 0].numpy(), levels // 2)  # by the same scale
+    alone, _, _ = read_images(tmp_path / name, image_size=16)
+    assert np.array_equal(to_image(alone)[0, 0].numpy(), levels)
     white = {8: 255, 10: 1023, 12: 4095, 14: 16383, 16: 65535}[bits]
     assert f"2 of 16 bits, values up to {stored.max()}: read as {bits} bits, " \
         f"so that {white} is white" in capsys.readouterr().out

@@ -150,10 +150,21 @@ def test_bad_input_is_refused(shape, t_shape, message):
         U_net(t_dim=8, widths=(8,))(torch.zeros(shape), torch.zeros(t_shape, dtype=torch.long))
 
 
+def test_more_levels_than_an_image_can_be_halved_are_refused():
+    """Where padding to a multiple of 2^levels would make an image more than twice as large."""
+    x, t = batch(height=28, width=20)
+    for network in ({"widths": (8,) * 5}, {"widths": (8,) * 3, "patch": 4}):
+        assert U_net(t_dim=8, **network)(x, t).shape == x.shape
+        deeper = network | {"widths": network["widths"] + (8,)}
+        with pytest.raises(ValueError, match="too many levels for images of 28 x 20; each level halves them"):
+            U_net(t_dim=8, **deeper)(x, t)
+
+
 @pytest.mark.parametrize("arguments, message", [
     ({"t_dim": 255}, "t_dim 255"), ({"in_channels": 0}, "in_channels 0"), ({"widths": ()}, r"widths \(\)"),
     ({"widths": (12,), "normalise": True}, "multiples of 8"), ({"blocks": 0}, "blocks 0"),
-    ({"bottleneck": 48, "attention": 1}, "bottleneck of 48 channels")])
+    ({"bottleneck": 48, "attention": 1}, "bottleneck of 48 channels"), ({"bottleneck": 0}, "bottleneck 0"),
+    ({"dropout": 1.0}, r"dropout 1.0: must be in \[0, 1\)")])
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         U_net(**arguments)

@@ -488,3 +488,5 @@ def test_without_a_label_each_image_draws_its_own_as_frequent_as_in_the_data():
     assert abs(share - 0.75) < 4 * (0.75 * 0.25 / 4000)**0.5 and not (labels == 1).any()
     assert torch.equal(image_labels(None, 0, range(10, 20), CLASSES, [1, 0, 3]), labels[10:20])
     assert image_labels(None, 0, range(3), [], []) is None
+    alike = image_labels(None, 0, range(3000), CLASSES, [])  # of a checkpoint that does not say
+    assert (alike.bincount(minlength=3) - 1000).abs().max() < 4 * 26  # binomial: sigma is 26

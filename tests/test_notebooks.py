@@ -297,6 +297,21 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused(tmp_path):
     assert finished.returncode and "batch_size 7: must be a multiple of the 2 processes" in finished.stdout
 
 
+def test_a_notebook_runs_in_its_folder_and_a_typed_path_is_from_where_one_is(tmp_path):
+    colours = tmp_path / "colours"
+    colours.mkdir()
+    for number in range(8):
+        Image.new("L", (8, 8), 30 * number).save(colours / f"{number}.png")
+    words = ["train.ipynb", "--data_path", "colours", "--save_dir", "mine", "--image_size", "8", "--num_epochs", "1",
+             "--batch_size", "4", "--network", "{widths: [8]}"]
+    finished = subprocess.run([sys.executable, ROOT / "run_notebook.py", ROOT / words[0], *words[1:]],
+                              cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240)
+    assert finished.returncode == 0, finished.stdout
+    assert {"model.pth", "figures"} <= set(os.listdir(tmp_path / "mine"))
+    assert set(os.listdir(tmp_path)) == {"colours", "mine"}
+
+
 def test_parameters_from_the_command_line_are_numbers_lists_and_text():
     assert run_notebook.read_parameters(["--learning_rate", "1e-4", "--image-size=[28, 32]", "--resume",
                                          "false", "--data_path", "~/a b", "--network", '{"widths": [8]}',

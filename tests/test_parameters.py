@@ -60,7 +60,8 @@ def test_values_of_other_types_are_taken_as_what_they_mean(name, given, value):
     ("network", {"width": [64]}, "names out of attention.*, widths"),
     ("network", {"num_classes": 3}, "names out of"), ("network", {"widths": 64}, "not iterable"),
     ("network", {"widths": [12], "normalise": True}, "must be multiples of 8"),
-    ("network", {"dropout": 2}, "dropout"),
+    ("network", {"dropout": 2}, "dropout"), ("network", {"dropout": 1}, r"must be in \[0, 1\)"),
+    ("network", {"bottleneck": 0}, "bottleneck 0: must be at least 1"),
     ("num_epochs", 1.5, "a whole number"), ("num_epochs", "two", "a whole number"),
     ("num_epochs", True, "whole"),
     ("batch_size", 0, "at least 1"), ("batch_size", math.inf, "whole"), ("micro_batch_size", 0, "at least 1"),
@@ -81,6 +82,7 @@ def test_a_bad_value_of_training_is_named_with_what_is_expected(name, given, exp
     ("num_images", 0, "at least 1"), ("num_images", 2.5, "whole"), ("first_image", -1, "at least 0"),
     ("seed", None, "whole"), ("num_steps", 0, "at least 1, or None for all"), ("sampler", "euler", "'ddim'"),
     ("guidance", math.nan, "of at least 1"), ("guidance", 0.5, "of at least 1"), ("label", [], "a class"),
+    ("label", [["cat"]], "a class"), ("label", [True], "a class"), ("label", {}, "a class"),
     ("label", 1.5, "a class"), ("model_path", "nowhere.pth", "the file of a checkpoint"),
     ("model_path", None, "the file"), ("output_dir", None, "a folder"), ("precision", None, "'fp32'")])
 def test_a_bad_value_of_drawing_is_named_with_what_is_expected(name, given, expected):
@@ -89,9 +91,9 @@ def test_a_bad_value_of_drawing_is_named_with_what_is_expected(name, given, expe
 
 
 def test_labels_and_guidance_as_typed():
-    for given, value in (("[3, 1, 4]", [3, 1, 4]), ("[cat, dog]", ["cat", "dog"]), ("cat", "cat"), ("7", 7),
-                         (np.array([3, 1]), [3, 1]), (None, None)):
-        assert taken("label", given, DRAWING) == value
+    for given, value in (("[3, 1, 4]", [3, 1, 4]), ("[cat, dog]", ["cat", "dog"]), ("cat", "cat"), ("7", "7"),
+                         (np.array([3, 1]), [3, 1]), (None, None), ("none", "none"), ("true", "true")):
+        assert taken("label", given, DRAWING) == value  # text is the name of a class
     assert taken("guidance", "1.75", DRAWING) == 1.75 and taken("guidance", None, DRAWING) is None
 
 

@@ -39,11 +39,12 @@ class Data:
         return len(self.pixels)
 
 
-def run_in(folder, data=None, network=None, **arguments):
+def run_in(folder, data=None, network=None, metadata=None, **arguments):
     """A run of ten steps of eight images, unless other arguments say otherwise."""
     torch.manual_seed(0)
     model = U_net(t_dim=8, widths=(8,), num_classes=CLASSES, **network or {})
-    model.metadata = {"image_size": 8, "noise_schedule": {"num_timesteps": 100}}
+    model.metadata = {"image_size": 8, "noise_schedule": {"num_timesteps": 100},
+                      "classes": ["0", "1"]} | (metadata or {})
     defaults = dict(batch_size=8, learning_rate=1e-3, num_epochs=2, seed=0, precision="fp32",
                     use_labels=True)
     return Run(model, data or Data(), save_dir=folder, **defaults | arguments)
@@ -154,7 +155,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_ends_the_run(tmp_path
 
     def breaks(*batch):
         return loss_of(*batch) * (math.nan if run.steps == 3 else 1)
-    with pytest.raises(FloatingPointError, match="step 4: the gradient is not finite at learning rate 0.0"):
+    with pytest.raises(FloatingPointError, match="step 4: the gradient is not finite at learning_rate 0.001"):
         for x0, label in run.batches():
             if run.steps == 3:
                 kept = [weights(run.model), weights(run.average)]
@@ -213,11 +214,18 @@ def test_a_run_that_was_stopped_and_resumed_is_the_one_that_never_stopped(tmp_pa
 
 def test_resume_needs_the_same_run_by_meaning(tmp_path):
     train(run_in(tmp_path))
+    names, swapped = ["0", "1"], Data()
+    swapped.labels = 1 - swapped.labels
     for change, message in (({"learning_rate": 0.5}, "learning_rate: the run in .* has 0.001, .* has 0.5"),
                             ({"batch_size": 4}, "batch_size"), ({"seed": 1}, "seed"),
                             ({"data": Data(seed=1)}, "the run in .* has seen other images; resume"),
                             ({"data": Data(39)}, "num_images: .* has 40, this one has 39"),
-                            ({"use_labels": False}, "labels")):
+                            ({"data": swapped}, "the run in .* has seen other labels; resume"),
+                            ({"metadata": {"noise_schedule": {"num_timesteps": 400}, "classes": names}},
+                             "noise_schedule: the run in .* has {'num_timesteps': 100}, this one has "),
+                            ({"metadata": {"noise_schedule": {"num_timesteps": 100}, "classes": ["1", "0"]}},
+                             "classes: the run in .* has .'0', '1'., this one has .'1', '0'.; resume"),
+                            ({"use_labels": False}, "the run in .* has seen other labels")):
         with pytest.raises(ValueError, match=message):
             run_in(tmp_path, resume=True, **change)
     with pytest.raises(ValueError, match="widths|network"):
@@ -442,7 +450,7 @@ def test_a_disk_without_locks_is_said_and_one_that_cannot_be_written_ends_it(tmp
 
 def test_no_module_uses_what_one_system_alone_has():
     """Attributes of `os` and `signal`: those of the list exist on Windows as well."""
-    everywhere = {"environ", "path", "PathLike", "name", "sep", "replace", "open", "close", "fsync", "devnull",
+    everywhere = {"environ", "chdir", "path", "PathLike", "name", "sep", "replace", "open", "close", "fsync", "devnull",
                   "walk", "stat", "makedirs", "O_RDONLY", "signal", "SIG_DFL", "getcwd", "fspath"}
     used = set()
     for path in Path(training.__file__).parent.glob("*.py"):
@@ -532,6 +540,8 @@ def test_initial_weights_of_something_else_are_refused(tmp_path):
     train(run_in(tmp_path))
     with pytest.raises(ValueError, match="initial_weights .*model.pth: this run would write over it"):
         run_in(tmp_path, initial_weights=tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="initial_weights .*state.pth: not the weights of this network"):
+        run_in(tmp_path / "other", initial_weights=tmp_path / "state.pth")
     state = load_checkpoint(tmp_path / "model.pth")
     state["_extra_state"]["noise_schedule"] = {"num_timesteps": 7}
     save_checkpoint(state, tmp_path / "other.pth")
