@@ -42,8 +42,10 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = str(path)  # a full disk does not say where
         raise
     with suppress(OSError):  # the folder's entry, too, to the disk, where the system opens and flushes folders
         folder = os.open(path.parent, os.O_RDONLY)

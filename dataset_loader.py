@@ -116,7 +116,8 @@ def read_idx_images(path: Path, settings: PixelSettings,
         if labels.shape != images.shape[:1]:
             raise ValueError(f"{labels_path}: labels of shape {tuple(labels.shape)} "
                              f"for {len(images)} images of {path}")
-        classes = [str(number) for number in range(int(labels.max()) + 1)]
+        numbers, labels = labels.unique(return_inverse=True)
+        classes = [str(number) for number in numbers.tolist()]
         labels = labels[:max_images].repeat_interleave(1 + settings.flip).tolist()
     images = images[:max_images]
     if images.shape[1:] != (settings.height, settings.width):
@@ -178,7 +179,8 @@ class ImageDataset(Dataset):
 
     pixels: uint8 (N, C, H, W), decoded once.
     labels: int64 (N,), those beside an IDX file, or the first subfolders where every
-        image of a folder is in one; else None. classes: their names.
+        image of a folder is in one; else None. classes: their names, in order; the
+        label i is that of classes[i].
     report: what was found in a folder, also printed; None for an IDX file.
     data[i] -> (C, H, W) float32; data[slice] and data[tensor of B indices] ->
     (B, C, H, W), in one operation.

@@ -42,7 +42,13 @@ def draw_files(draw: Callable[[range], Tensor], images: range,
             batch = range(first, min(first + at_once, images.stop))
             x0 = draw(batch)
             for i, image in zip(batch, to_image(x0.cpu())):
-                to_pil_image(image).save(folder / f"x_{i}.png")
+                try:
+                    to_pil_image(image).save(folder / f"x_{i}.png")
+                except OSError:  # a full disk
+                    (folder / f"x_{i}.png").unlink(missing_ok=True)
+                    print(f"images up to {i - 1} are in {folder}; the others: first_image={i}, "
+                          f"num_images={images.stop - i}")
+                    raise
             if first == images.start:
                 grid = image_grid(x0, columns=round(len(x0)**0.5))
                 grid.save(figures / "grid.png")

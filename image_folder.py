@@ -238,6 +238,8 @@ def decode(name: str, folder: Path, settings: PixelSettings,
     """The pixels of one file, uint8 (C, H, W), or None; and its record."""
     if extension(name) in NOT_READ:
         return None, FileRecord(name, "of a format that is not read")
+    if os.path.exists(folder / name) and not os.path.isfile(folder / name):
+        return None, FileRecord(name, "no regular file")  # a pipe would wait forever
     try:
         with Image.open(folder / name, formats=FORMATS) as image:
             size, mode = image.size, image.mode

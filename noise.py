@@ -471,13 +471,24 @@ def image_labels(label: str | int | list | None, seed: int, images: range, class
         drawn = [torch.multinomial(weights, 1, generator=random_stream(seed, i, 1)) for i in images]
         return torch.cat(drawn).to(device)
     wanted = list(label) if isinstance(label, (list, tuple)) else [label]
-    numbers = {name: number for number, name in enumerate(classes)}
-    numbers = dict(enumerate(range(len(classes)))) | numbers | {
-        int(name): number for name, number in numbers.items() if name.isdecimal()}
-    unknown = [one for one in wanted if one not in numbers]
-    if unknown or not wanted:
-        raise ValueError(f"label {unknown[0] if unknown else label!r}: choose from {', '.join(classes)}")
-    return torch.tensor([numbers[wanted[i % len(wanted)]] for i in images], device=device)
+    if not wanted:
+        raise ValueError(f"label []: choose from {', '.join(classes)}")
+    numbers = [class_number(one, classes) for one in wanted]
+    return torch.tensor([numbers[i % len(numbers)] for i in images], device=device)
+
+
+def class_number(label: str | int, classes: list[str]) -> int:
+    """The number of a class by its name or, where no class is named by a number, by its own.
+
+    Raises ValueError for a label that is none of `classes`.
+    """
+    names = {int(name): name for name in reversed(classes) if name.isdecimal()} or dict(enumerate(classes))
+    name = str(label)
+    if name not in classes:
+        name = names.get(int(name) if name.isdecimal() else None)
+    if name is None:
+        raise ValueError(f"label {label!r}: choose from {', '.join(classes)}")
+    return classes.index(name)
 
 
 def gaussian_noise(like: Tensor, generator: Generators = None) -> Tensor:

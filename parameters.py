@@ -127,8 +127,8 @@ def take_network(value: dict) -> dict:
 
 
 def take_label(value: str | int | list | None) -> str | int | list | None:
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        value = value_of(value)
+    if isinstance(value, str) and value.strip()[:1] + value.strip()[-1:] == "[]":
+        value = [name.strip(" '\"") for name in value.strip()[1:-1].split(",") if name.strip()]
     names = value if isinstance(value, (list, tuple)) and len(value) else [value]
     if value is not None and any(isinstance(name, bool) or not isinstance(name, (str, int))
                                  for name in names):

@@ -28,7 +28,9 @@ def read_parameters(words: list[str]) -> dict:
     for name, text in zip(words[::2], words[1::2]):
         if not name.startswith("--"):
             raise ValueError(f"{name}: a parameter is given as --name value")
-        parameters[name[2:].replace("-", "_")] = value_of(text)
+        name = name[2:].replace("-", "_")
+        as_text = name in PATHS or name == "label" and text.lower() != "none"  # 2024 may be a folder, or a class
+        parameters[name] = text if as_text else value_of(text)
     if len(words) % 2:
         raise ValueError(f"{words[-1]}: has no value; a parameter is given as --name value")
     return parameters
@@ -72,8 +74,10 @@ def run_notebook(path: str | os.PathLike, parameters: dict, shown=lambda names, 
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+    if len(sys.argv) < 2 or {"-h", "--help"} & set(sys.argv):
         sys.exit(__doc__)
+    if not sys.argv[1].endswith(".ipynb"):
+        sys.exit(f"{sys.argv[1]}: no notebook; give one such as train.ipynb first, then its parameters")
     plt.switch_backend("agg")  # which opens no windows
     for stream in (sys.stdout, sys.stderr):  # names of files may have letters that the terminal lacks
         stream.reconfigure(errors="backslashreplace")

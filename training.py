@@ -414,7 +414,7 @@ class Run:
         self._meet_at = self.steps + int(interval)
         guide = self.total_steps // 16
         if guide >= YOUNGEST_GUIDE and self.guide_steps is not None:
-            if self.steps == guide or (self.steps > guide and not self.guide_steps):
+            if guide <= self.steps <= 2 * guide and not self.guide_steps:  # later it is no early network
                 self.guide_steps = self.steps
                 self._save_average(self.folder.guide)
             elif self.steps < guide:

@@ -96,7 +96,8 @@ def test_idx_plain_and_gzipped_in_both_namings(tmp_path, images, labels):
         write_idx(tmp_path / labels, np.array([3, 1, 4, 1, 5], np.uint8), labels.endswith(".gz"))
     data = ImageDataset(tmp_path / images)
     assert np.array_equal(data.pixels[:, 0].numpy(), pixels)
-    assert data.labels is None if labels is None else data.labels.tolist() == [3, 1, 4, 1, 5]
+    names = None if data.labels is None else [data.classes[number] for number in data.labels]
+    assert names == (labels and ["3", "1", "4", "1", "5"])
 
 
 def test_idx_resized_and_in_colour(tmp_path):
@@ -432,8 +433,12 @@ def test_a_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
     assert first_pixels(ImageDataset("~/images-idx3-ubyte", image_size=8)) == [7, 7, 7]
 
 
-def test_the_labels_of_an_idx_file_are_named_by_their_numbers():
+def test_the_labels_of_an_idx_file_are_named_by_their_numbers(tmp_path):
     assert ImageDataset(MNIST / "t10k-images-idx3-ubyte.gz", max_images=3).classes == list("0123456789")
+    write_idx(tmp_path / "letters-images-idx3-ubyte", np.zeros((4, 8, 8), np.uint8))  # EMNIST counts from 1
+    write_idx(tmp_path / "letters-labels-idx1-ubyte", np.array([2, 26, 1, 2], np.uint8))
+    letters = ImageDataset(tmp_path / "letters-images-idx3-ubyte", image_size=8)
+    assert letters.classes == ["1", "2", "26"] and letters.labels.tolist() == [1, 2, 0, 1]
 
 
 @pytest.mark.parametrize("name, options", [("a.webp", {"lossless": True}), ("a.bmp", {}), ("a.TIF", {}), ("a.tiff", {}),

@@ -1,5 +1,6 @@
 """Many images: what is in output_dir, and what a stop or a full memory leaves."""
 
+import errno
 import os
 import signal
 
@@ -68,6 +69,21 @@ def test_images_of_an_earlier_run_are_named_and_kept(tmp_path, capsys):
     assert len(levels(tmp_path)) == 12
     draw_files(grey, range(12), tmp_path)
     assert "before" not in capsys.readouterr().out
+
+
+def test_a_full_disk_keeps_what_is_whole_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    save = Image.Image.save
+
+    def fill(image, path, *args):
+        if path.name == "x_6.png":
+            path.write_bytes(b"")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(image, path, *args)
+    monkeypatch.setattr(Image.Image, "save", fill)
+    with pytest.raises(OSError, match="No space left"):
+        draw_files(grey, range(2, 20), tmp_path)
+    assert "the others: first_image=6, num_images=14" in capsys.readouterr().out
+    assert levels(tmp_path) == {i: i for i in range(2, 6)}
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])

@@ -473,7 +473,12 @@ def test_a_label_is_a_name_or_a_number_and_a_list_is_taken_in_turn():
         return image_labels(label, 0, range(4), classes, [1] * len(classes)).tolist()
     assert of("dog") == of(1) == [1] * 4
     assert of(["fish", 0]) == [2, 0, 2, 0]
+    assert of("1") == [1] * 4  # as typed
     assert of(7, ["3", "7"]) == of("7", ["3", "7"]) == [1] * 4  # digits by what they show
+    assert of(["07", 7], ["07", "7", "8"]) == [0, 1, 0, 1] and of(7, ["07", "8"]) == [0] * 4
+    for number in (0, 1):  # no class of this name, so not the first or second one
+        with pytest.raises(ValueError, match=f"label {number}: choose from 5, 6"):
+            of(number, ["5", "6"])
     with pytest.raises(ValueError, match="label 'cow': choose from cat, dog, fish"):
         of(["cat", "cow"])
     with pytest.raises(ValueError, match="label 3: choose from cat, dog, fish"):

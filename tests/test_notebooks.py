@@ -196,6 +196,11 @@ def test_guidance_without_a_guide_is_refused(tmp_path):
     train(tmp_path, labels=False, num_epochs=1)
     with pytest.raises(ValueError, match="guidance 1.5: no .*model_guide.pth; set guidance = 1"):
         generate(tmp_path, guidance=1.5)
+    path = tmp_path / "run" / "model.pth"
+    state = load_checkpoint(path)
+    state["_extra_state"]["guidance"] = 1.5  # proposed for a guide that was not copied along
+    save_checkpoint(state, path)
+    assert generate(tmp_path)[1]["guidance"] == 1
 
 
 def test_an_unlabelled_checkpoint_of_before_still_draws_the_same(tmp_path):
@@ -313,6 +318,9 @@ def test_a_notebook_runs_in_its_folder_and_a_typed_path_is_from_where_one_is(tmp
 
 
 def test_parameters_from_the_command_line_are_numbers_lists_and_text():
+    assert run_notebook.read_parameters(["--save_dir", "2024", "--label", "true", "--output-dir", "1e3"]) == {
+        "save_dir": "2024", "label": "true", "output_dir": "1e3"}
+    assert run_notebook.read_parameters(["--label", "None"]) == {"label": None}
     assert run_notebook.read_parameters(["--learning_rate", "1e-4", "--image-size=[28, 32]", "--resume",
                                          "false", "--data_path", "~/a b", "--network", '{"widths": [8]}',
                                          "--max_images", "None"]) == {

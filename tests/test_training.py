@@ -518,6 +518,13 @@ def test_a_long_run_keeps_its_average_after_a_sixteenth_as_a_guide_and_a_short_o
     assert U_net.from_checkpoint(tmp_path / "short" / "model.pth").metadata["guidance"] == 1
 
 
+def test_a_run_that_grows_long_when_its_sixteenth_is_past_keeps_no_guide(tmp_path):
+    train(run_in(tmp_path, num_epochs=140))
+    train(run_in(tmp_path, num_epochs=160, resume=True))
+    assert not (tmp_path / "model_guide.pth").exists()
+    assert U_net.from_checkpoint(tmp_path / "model.pth").metadata["guidance"] == 1
+
+
 def test_a_run_starts_from_initial_weights_and_takes_their_guide_along(tmp_path):
     start = tmp_path / "start.pth"
     first = train(run_in(tmp_path / "first"))
