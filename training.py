@@ -32,6 +32,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm.auto import tqdm
 
 from checkpoint import load_checkpoint, save_checkpoint
@@ -501,6 +502,7 @@ class Run:
         self.losses = state["losses"].tolist()
         self.steps, self.seconds, self.earlier = len(self.losses), state["seconds"], state["earlier"]
         self.guide_steps = state["guide_steps"]
+        self.previews = [(seen, to_pil_image(picture)) for seen, picture in state.get("previews", [])]
         self.settings["initial_weights"] = state["settings"].get("initial_weights")
         (group,), (factor,) = self.optimizer.param_groups, self.lr_schedule.lr_lambdas
         group["lr"].fill_(group["initial_lr"] * factor(self.steps))  # another one with other num_epochs
@@ -518,7 +520,8 @@ class Run:
         if self.rank == 0:
             save_checkpoint({"settings": self.settings | self._described(), "losses": torch.tensor(self.losses),
                              "seconds": self.seconds, "earlier": self.earlier, "job": self.job,
-                             "guide_steps": self.guide_steps}
+                             "guide_steps": self.guide_steps,
+                             "previews": [(seen, pil_to_tensor(image)) for seen, image in self.previews]}
                             | {name: part.state_dict() for name, part in self._parts().items()},
                             self.folder.state)
             self._save_average(self.folder.model)

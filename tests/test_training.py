@@ -496,6 +496,21 @@ def test_state_is_saved_by_the_clock_and_previews_take_a_twentieth_of_the_time(t
     assert (tmp_path / "preview.png").exists()
 
 
+def test_the_strip_of_previews_grows_on_in_a_resumed_run(tmp_path, monkeypatch):
+    clock, drawn = Clock(monkeypatch, step=30.0), []
+
+    def preview():
+        drawn.append(Image.new("RGB", (8, 8), (40 * len(drawn), 7, 0)))
+        return drawn[-1]
+    train(run_in(tmp_path, num_epochs=4), until=12, preview=preview, each=clock.tick)
+    before = len(drawn)
+    run = train(run_in(tmp_path, num_epochs=4, resume=True), preview=preview, each=clock.tick)
+    assert 1 <= before < len(drawn) == len(run.previews)
+    for (seen, picture), one in zip(run.previews, drawn):
+        assert picture.tobytes() == one.tobytes()
+    assert [seen for seen, _ in run.previews] == sorted({seen for seen, _ in run.previews})
+
+
 def test_a_preview_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
     clock = Clock(monkeypatch, step=30.0)
 
