@@ -69,7 +69,7 @@ class U_net(nn.Module):
     them (image size, noise schedule, ...); both travel inside the state dict.
     """
 
-    def __new__(cls, *_, **arguments):  # without these arguments: the simple network, as everywhere
+    def __new__(cls, *_, **arguments):  # where an argument is one that only `LargerUnet` has, that is built
         of_larger = set(arguments) & set(larger_arguments())
         return super().__new__(LargerUnet if cls is U_net and of_larger else cls)
 

@@ -23,7 +23,7 @@ from recorded import recorded
 
 Predictor = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> predicted noise: a network
 SAMPLERS = ("ddpm", "ddim", "dpm_solver")
-BLOCK = 64  # images that share a random stream
+BLOCK = 64  # images whose noise is drawn together; each always gets the same part
 RECORDING_PAYS = 6  # steps of a walk, from which on a GPU it is quicker to record the first ones
 
 
@@ -147,11 +147,11 @@ class NoiseScheduler(nn.Module):
 
         DDIM takes the implied image x̂_0 to stay as it is during a step, but it changes on the way. This
         takes it to go on changing as on the step before, reckons its mean over the step, and makes the
-        step of DDIM with that. eta = 0 adds no fresh noise and eta = 1 that of the ancestral step (the
-        ODE and the SDE of the paper).
+        step of DDIM with that. eta = 0 adds no fresh noise and eta = 1 that of the ancestral step.
 
-        In formulas: let λ = log √(ᾱ / (1 - ᾱ)), half the log of the signal-to-noise ratio. On the way
-        from t to s, h = λ_s - λ_t, the exact solution (Eq. 8 there; section 5 for the SDE) sees x̂_0 at
+        In formulas: let λ = log √(ᾱ / (1 - ᾱ)), half the log of the signal-to-noise ratio. In ever smaller
+        steps the walk becomes a differential equation in λ, an ODE without fresh noise and an SDE with it.
+        From t to s, h = λ_s - λ_t, its exact solution (Eq. 8 there; section 5 for the SDE) sees x̂_0 at
         each λ with the weight e^{kλ}, where k = 1 + eta². Where x̂_0 goes on in a straight line as it
         moved from u, the timestep before, to t, its weighted mean is
 
