@@ -513,8 +513,8 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
 
         sin((1 - w) θ) / sin θ a + sin(w θ) / sin θ b,   θ the angle between a and b
 
-    Halfway between two noises the straight line is shorter than any noise, by √2. The
-    arc keeps their length, so that the network meets what it was trained on.
+    Two independent noises are nearly at right angles, so halfway between them the
+    straight line is shorter by a factor of about √2. The arc keeps their length.
     a, b (B, ...) -> (B, ...). Undefined where they are opposite.
     """
     one, other = (F.normalize(x.flatten(1)) for x in (a, b))
