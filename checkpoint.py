@@ -44,7 +44,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and not error.filename:
+        if isinstance(error, OSError) and error.errno and not error.filename:
             error.filename = str(path)  # a full disk does not say where
         raise
     with suppress(OSError):  # the folder's entry, too, to the disk, where the system opens and flushes folders
@@ -87,7 +87,8 @@ def save_checkpoint(state: dict, path: str | os.PathLike) -> None:
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict:
     """Reads a dictionary that `save_checkpoint` wrote, its tensors placed on `device`.
 
-    Only tensors and plain values are read (`weights_only=True`): a pickle that wants to run code is refused.
+    Only tensors and plain values are read (`weights_only=True`): a pickle that wants to run code is refused. So is a file whose
+    bytes do not fit its checksums, or that torch was told to write without them.
     Raises FileNotFoundError where there is no file and ValueError where it cannot be read as such a dictionary.
     """
     path = os.path.expanduser(path)

@@ -1,5 +1,6 @@
 """What surrounds the drawing of many images: batches, memory, files, and how to stop."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -44,10 +45,11 @@ def draw_files(draw: Callable[[range], Tensor], images: range,
             for i, image in zip(batch, to_image(x0.cpu())):
                 try:
                     to_pil_image(image).save(folder / f"x_{i}.png")
-                except OSError:  # a full disk
-                    (folder / f"x_{i}.png").unlink(missing_ok=True)
-                    print(f"images up to {i - 1} are in {folder}; the others: first_image={i}, "
-                          f"num_images={images.stop - i}")
+                except OSError as error:
+                    if error.errno == errno.ENOSPC:  # a full disk: half a file is left
+                        (folder / f"x_{i}.png").unlink(missing_ok=True)
+                    print(f"stopped after {i - images.start:,} of {len(images):,} images; the others: "
+                          f"first_image={i}, num_images={images.stop - i}")
                     raise
             if first == images.start:
                 grid = image_grid(x0, columns=round(len(x0)**0.5))

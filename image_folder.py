@@ -314,7 +314,9 @@ def decode_folder(folder: Path, listing: FolderListing, settings: PixelSettings,
     16-bit images are decoded a second time where all of them use fewer bits.
     Raises ValueError where fewer than two images are usable.
     """
-    names = by_turns(listing.images) if max_images else listing.images
+    names = listing.images
+    if max_images and max_images < len(names):
+        names = by_turns(names)
     records = decode_all(folder, names, settings, 16, max_images, out)
     if (bits := bit_depth(records)) < 16:
         out.seek(0)

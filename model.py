@@ -51,8 +51,8 @@ class Metadata(dict):
     """What a checkpoint says of itself; ValueError for what it does not say."""
 
     def __missing__(self, name: str):
-        raise ValueError(f"{name}: the checkpoint does not say it; give the network model.metadata = "
-                         f"{{{name!r}: ...}} as train.ipynb does, and save it anew")
+        raise ValueError(f"{name}: the checkpoint does not say it; set model.metadata[{name!r}] as "
+                         "train.ipynb does, and save it anew")
 
 
 class U_net(nn.Module):
@@ -151,7 +151,7 @@ class U_net(nn.Module):
             raise ValueError(f"x of shape {tuple(x.shape)}: this network takes (B, {channels}, H, W) "
                              "with H and W >= 8")
         widths, patch = self.network["widths"], self.network.get("patch", 1)
-        if patch * 2**len(widths) >= 2 * max(x.shape[-2:]):  # mostly padding
+        if patch * 2**len(widths) > 2 * max(x.shape[-2:]):  # mostly padding
             raise ValueError(f"widths {widths}, patch {patch}: too many levels for images of "
                              f"{x.shape[-2]} x {x.shape[-1]}; each level halves them")
         if t.shape != x.shape[:1]:

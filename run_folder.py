@@ -16,7 +16,8 @@ from checkpoint import load_checkpoint
 
 NO_LOCKS = (None, errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP)  # of some mounted disks
 MAY_CHANGE = ("num_epochs", "initial_weights")  # between a run and the one that goes on with it
-SAME_DATA = {"pixels": "other images", "labels": "other labels"}
+SAME_DATA = {"pixels": "other images; resume with the same, in the same image_size and in_channels",
+             "labels": "other labels; resume with the same"}
 
 
 class RunFolder:
@@ -75,7 +76,8 @@ class RunFolder:
         not made with these settings.
         """
         state = load_checkpoint(self.state, device)
-        missing = {"settings", "losses", "seconds", "earlier", "guide_steps", *parts} - state.keys()
+        missing = {"settings", "losses", "seconds", "earlier", "guide_steps", "previews", *parts} - state.keys()
+        missing |= settings.keys() - state.get("settings", settings).keys()
         if missing:
             raise ValueError(f"{self.state}: not the state of a run of this version, it has no "
                              f"{', '.join(sorted(missing))}; set resume=False for a new run")
@@ -86,8 +88,7 @@ class RunFolder:
                                  f"{value!r}; resume with the same, or set resume=False for a new run")
         for name, others in SAME_DATA.items():
             if theirs.get(name) != settings[name]:
-                raise ValueError(f"the run in {self.path} has seen {others}; resume with the same, in the same "
-                                 "image_size and in_channels, or set resume=False for a new run")
+                raise ValueError(f"the run in {self.path} has seen {others}, or set resume=False for a new run")
         return state
 
     def write_figure(self, name: str, draw: Callable[[], plt.Figure]) -> None:

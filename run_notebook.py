@@ -29,7 +29,7 @@ def read_parameters(words: list[str]) -> dict:
         if not name.startswith("--"):
             raise ValueError(f"{name}: a parameter is given as --name value")
         name = name[2:].replace("-", "_")
-        as_text = name in PATHS or name == "label" and text.lower() != "none"  # 2024 may be a folder, or a class
+        as_text = name in PATHS | {"label"} and text.lower() not in ("none", "null")  # 2024 may be a folder
         parameters[name] = text if as_text else value_of(text)
     if len(words) % 2:
         raise ValueError(f"{words[-1]}: has no value; a parameter is given as --name value")
@@ -85,7 +85,7 @@ def main() -> None:
     sys.path.insert(0, str(notebook.parent))
     parameters = read_parameters(sys.argv[2:])
     if Path.cwd() != notebook.parent:
-        for name in PATHS & {name for name, value in parameters.items() if isinstance(value, str)}:
+        for name in PATHS & {name for name, value in parameters.items() if str(value or "").strip()}:
             parameters[name] = os.path.abspath(os.path.expanduser(parameters[name]))
         os.chdir(notebook.parent)
 

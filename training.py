@@ -279,6 +279,7 @@ class Run:
             self._save()
             if self.steps == self.total_steps and preview and self.rank == 0:
                 self._show(preview)
+                self._save()  # once more, with the last preview
         if self.steps < self.total_steps:
             print(f"stopped after step {self.steps:,} of {self.total_steps:,}; resume=True goes on from "
                   f"{self.folder.state}")
@@ -445,9 +446,11 @@ class Run:
     def _show(self, preview: Callable[[], Image.Image]) -> None:
         """Adds a picture to the strip of previews, shows the strip and writes it."""
         def show_strip():
-            if not self.previews or self.previews[-1][0] < self.images_seen:
-                self.previews.append((self.images_seen, preview()))
-            strip = strip_of(self.previews)
+            previews = self.previews
+            if not previews or previews[-1][0] < self.images_seen:
+                previews = [*previews, (self.images_seen, preview())]
+            strip = strip_of(previews)
+            self.previews = previews  # where no error came
             if get_ipython():  # elsewhere the file is all there is to see
                 self._picture.update(strip)
             return strip
@@ -465,9 +468,9 @@ class Run:
         if path.resolve() == self.folder.model.resolve():
             raise ValueError(f"initial_weights {path}: this run would write over it; choose another "
                              "save_dir")
-        metadata = self.model.metadata
+        metadata, state = self.model.metadata, load_checkpoint(path, self.device)
         try:
-            self.model.load_state_dict(load_checkpoint(path, self.device))
+            self.model.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"initial_weights {path}: not the weights of this network; pass a model that "
                              "train.ipynb wrote with the same network") from error
@@ -502,7 +505,7 @@ class Run:
         self.losses = state["losses"].tolist()
         self.steps, self.seconds, self.earlier = len(self.losses), state["seconds"], state["earlier"]
         self.guide_steps = state["guide_steps"]
-        self.previews = [(seen, to_pil_image(picture)) for seen, picture in state.get("previews", [])]
+        self.previews = [(seen, to_pil_image(picture)) for seen, picture in state["previews"]]
         self.settings["initial_weights"] = state["settings"].get("initial_weights")
         (group,), (factor,) = self.optimizer.param_groups, self.lr_schedule.lr_lambdas
         group["lr"].fill_(group["initial_lr"] * factor(self.steps))  # another one with other num_epochs

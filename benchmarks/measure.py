@@ -73,8 +73,8 @@ def load_model(args: argparse.Namespace) -> U_net:
     """The network of args.model, ready to draw.
 
     Afterwards args.precision is "bf16" or "fp32", and where the command has the options
-    and they were not given, args.guidance is what the checkpoint proposes and
-    args.guide "early" where the checkpoint keeps one. Raises ValueError where it does
+    and they were not given, args.guide is "early" where the checkpoint keeps one, and
+    args.guidance what it proposes for that, else 1. Raises ValueError where it does
     not draw images like those of MNIST.
     """
     model = ready(args.model)
@@ -86,7 +86,8 @@ def load_model(args: argparse.Namespace) -> U_net:
     if args.precision == "auto":
         args.precision = "bf16" if bf16_is_native(device) else "fp32"
     if getattr(args, "guidance", 1) is None:
-        args.guidance = model.metadata.get("guidance", 1)
+        kept = guide_path(args.model).exists()
+        args.guidance = model.metadata.get("guidance", 1) if kept else 1
     if getattr(args, "guide", "") is None:
         args.guide = GUIDES[not guide_path(args.model).exists()]
     return model

@@ -44,7 +44,7 @@ def test_what_a_checkpoint_does_not_say_is_named(tmp_path):
     model = small_network(num_classes=2)
     save_checkpoint(model.state_dict(), tmp_path / "own_loop.pth")
     loaded = U_net.from_checkpoint(tmp_path / "own_loop.pth")
-    with pytest.raises(ValueError, match="noise_schedule: the checkpoint does not say it; give the network"):
+    with pytest.raises(ValueError, match="noise_schedule: the checkpoint does not say it; set model.metadata"):
         loaded.metadata["noise_schedule"]
     assert loaded.metadata.get("classes", []) == []
 

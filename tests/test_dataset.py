@@ -512,3 +512,4 @@ def test_few_images_of_a_folder_are_of_all_its_classes(tmp_path):
     assert data.classes == ["a", "b", "c"] and data.labels.tolist() == [0, 1, 2, 0, 2]
     grey = [ord("a"), ord("b"), ord("c"), 50 + ord("a"), 50 + ord("c")]
     assert data.pixels[:, 0, 0, 0].tolist() == grey
+    assert ImageDataset(tmp_path, 8, max_images=9).labels.tolist() == [0] * 5 + [1] + [2] * 3  # all: by path

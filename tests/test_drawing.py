@@ -82,8 +82,15 @@ def test_a_full_disk_keeps_what_is_whole_and_says_how_to_go_on(tmp_path, capsys,
     monkeypatch.setattr(Image.Image, "save", fill)
     with pytest.raises(OSError, match="No space left"):
         draw_files(grey, range(2, 20), tmp_path)
-    assert "the others: first_image=6, num_images=14" in capsys.readouterr().out
+    assert "stopped after 4 of 18 images; the others: first_image=6, num_images=14" in capsys.readouterr().out
     assert levels(tmp_path) == {i: i for i in range(2, 6)}
+
+    def refuse(image, path, *args):
+        raise PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(Image.Image, "save", refuse)
+    with pytest.raises(PermissionError):
+        draw_files(grey, range(2, 4), tmp_path)
+    assert levels(tmp_path) == {i: i for i in range(2, 6)}  # they were not touched
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])

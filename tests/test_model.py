@@ -155,7 +155,7 @@ def test_more_levels_than_an_image_can_be_halved_are_refused():
     x, t = batch(height=28, width=20)
     for network in ({"widths": (8,) * 5}, {"widths": (8,) * 3, "patch": 4}):
         assert U_net(t_dim=8, **network)(x, t).shape == x.shape
-        deeper = network | {"widths": network["widths"] + (8,)}
+        deeper = network | {"widths": network["widths"] + (8, 8)}
         with pytest.raises(ValueError, match="too many levels for images of 28 x 20; each level halves them"):
             U_net(t_dim=8, **deeper)(x, t)
 

@@ -504,8 +504,10 @@ def test_the_strip_of_previews_grows_on_in_a_resumed_run(tmp_path, monkeypatch):
         return drawn[-1]
     train(run_in(tmp_path, num_epochs=4), until=12, preview=preview, each=clock.tick)
     before = len(drawn)
-    run = train(run_in(tmp_path, num_epochs=4, resume=True), preview=preview, each=clock.tick)
-    assert 1 <= before < len(drawn) == len(run.previews)
+    train(run_in(tmp_path, num_epochs=4, resume=True), preview=preview, each=clock.tick)
+    assert 1 <= before < len(drawn)
+    run = run_in(tmp_path, num_epochs=5, resume=True)  # grows on from a finished one as well
+    assert len(run.previews) == len(drawn)
     for (seen, picture), one in zip(run.previews, drawn):
         assert picture.tobytes() == one.tobytes()
     assert [seen for seen, _ in run.previews] == sorted({seen for seen, _ in run.previews})
@@ -518,6 +520,8 @@ def test_a_preview_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys
         raise OSError(28, "No space left on device")
     run = train(run_in(tmp_path), preview=preview, each=clock.tick)
     assert run.steps == 10 and "preview.png was not written" in capsys.readouterr().out
+    run = train(run_in(tmp_path, num_epochs=4), preview=lambda: None, each=clock.tick)
+    assert run.steps == 20 and "preview.png was not written" in capsys.readouterr().out
 
 
 def test_a_long_run_keeps_its_average_after_a_sixteenth_as_a_guide_and_a_short_one_none(tmp_path):
