@@ -128,7 +128,7 @@ def take_network(value: dict) -> dict:
 
 def take_label(value: str | int | list | None) -> str | int | list | None:
     if isinstance(value, str) and value.strip()[:1] + value.strip()[-1:] == "[]":
-        names = re.findall(r"""'[^']*'|"[^"]*"|[^,]+""", value.strip()[1:-1])
+        names = re.findall(r"""\s*('[^']*'|"[^"]*"|[^,]+)""", value.strip()[1:-1])
         value = [name.strip(" '\"") for name in names if name.strip()]
     names = value if isinstance(value, (list, tuple)) and len(value) else [value]
     if value is not None and any(isinstance(name, bool) or not isinstance(name, (str, int))

@@ -26,9 +26,9 @@ from keep_outputs import code_digest  # noqa: E402
 
 MNIST = str(ROOT / "Assets" / "MNIST" / "train-images-idx3-ubyte.gz")
 PARAMETERS = {
-    "train.ipynb": "data_path image_size in_channels labels num_timesteps t_dim network initial_weights "
-                   "batch_size micro_batch_size learning_rate num_epochs max_images precision seed "
-                   "save_dir resume",
+    "train.ipynb": "data_path image_size in_channels labels num_epochs batch_size save_dir resume "
+                   "max_images learning_rate seed num_timesteps t_dim network initial_weights "
+                   "micro_batch_size precision",
     "generate_image.ipynb": "model_path num_images first_image label seed output_dir sampler "
                             "num_steps guidance precision",
     "edit_image.ipynb": "model_path image_path label seed output_dir num_images num_steps"}
