@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import re
 import sys
 from pathlib import Path
 
@@ -19,9 +20,10 @@ WIDGET = "application/vnd.jupyter.widget-view+json"  # shows nothing without its
 
 
 def code_digest(notebook: nbformat.NotebookNode) -> str:
-    """A short name for the code of all cells."""
+    """A short name for the code of all cells, comments aside."""
     code = "\n\n".join(cell.source for cell in notebook.cells
                        if cell.cell_type == "code")
+    code = re.sub(r"[ \t]*# .*", "", code)
     return hashlib.blake2b(code.encode(), digest_size=8).hexdigest()
 
 
