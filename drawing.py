@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from tqdm.auto import tqdm
 
 from dataset_loader import image_grid, to_image
-from training import enough_memory, hold_signals
+from machine import enough_memory, hold_signals
 
 AT_ONCE = 100  # images
 

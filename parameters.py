@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import torch
 
+from machine import PRECISIONS
 from model import U_net, default_arguments
 from noise import SAMPLERS
-from training import PRECISIONS
 
 WORDS = {"true": True, "false": False, "none": None, "null": None}  # as typed elsewhere
 WORD = re.compile(r"""'[^']*'|"[^"]*"|\b[A-Za-z_]\w*(?: +\w+)*""")  # quoted, or bare

@@ -1,5 +1,5 @@
-"""What surrounds the training loop: device and processes, precision, the step made fast, the average of
-the weights, and the run's files. The loss and the loop itself are in train.ipynb.
+"""What surrounds the training loop: the batches, previews, saving, stopping and resuming. The loss and the
+loop itself are in train.ipynb; what a step does to the weights is in training_step.py.
 
 What is equal to what: timesteps, noise and the order of the images are a function of (seed, step), drawn
 for the whole batch. On one device a run that was stopped and resumed is bit for bit the one that never
@@ -7,18 +7,12 @@ stopped. N processes and parts of batches (`micro_batch_size`) compute the same 
 equal to rounding. Another kind of device, or another precision, draws other numbers.
 """
 
-import atexit
 import hashlib
 import math
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from copy import deepcopy
-from datetime import timedelta
 from numbers import Integral, Real
 from pathlib import Path
 from statistics import fmean
@@ -30,17 +24,15 @@ from IPython import get_ipython
 from IPython.display import DisplayHandle
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm.auto import tqdm
 
 from checkpoint import load_checkpoint, save_checkpoint
+from machine import autocast, hold_signals, rank_and_world
 from noise import random_stream
-from recorded import recorded
 from run_folder import RunFolder, strip_of
+from training_step import TrainingStep
 
-PRECISIONS = ("auto", "fp32", "bf16")
 ORDER, DRAWS = 0, 1  # which random stream of a seed: the order of the images, or what a step draws
 SAVE_SECONDS = 120  # between two writes of the state
 FIRST_PREVIEW, PREVIEW_SHARE = 10, 0.04  # seconds; of the time that training takes
@@ -48,91 +40,7 @@ YOUNGEST_GUIDE = 50  # steps: a younger average is nearly noise, and pushing awa
 LOG_SECONDS = 30  # between two lines of progress in a file
 READ_SECONDS = 0.25  # between two looks at the losses
 DIVERGED = 100  # times the loss of the first step: beyond any doubt
-# Seconds on an H200: what torch.compile takes, and what it saves in a step and in that step's pixels
-COMPILE_SECONDS, SAVED_BY_STEP, SAVED_BY_PIXEL = 45, 1e-3, 1e-8
 GUIDANCE = {True: 1.25, False: 1.5}  # by an early guide, with labels and without: benchmarks/guidance.py
-
-
-def choose_device() -> str:
-    """The device of this process: an accelerator ("cuda", "mps", "xpu") where there is one, else "cpu".
-
-    Started by torchrun, this process becomes one of many that train together: it takes the accelerator of
-    its number, and all but the first print nothing.
-    """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if "LOCAL_RANK" in os.environ and accelerator is not None and accelerator.type == "mps":
-        accelerator = None  # nothing connects Apple's GPUs
-    device = "cpu" if accelerator is None else accelerator.type
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
-        if accelerator is not None:
-            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(timeout=timedelta(hours=6))  # others wait while one decodes a folder
-        atexit.register(dist.destroy_process_group)
-        if dist.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
-    return device
-
-
-def bf16_is_native(device: str) -> bool:
-    """Whether the device has instructions for bf16: without them, bf16 can be ten times slower."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device == "cpu":
-        has = getattr(torch.cpu, "get_capabilities", dict)()
-        return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
-    return device == "xpu"
-
-
-def autocast(device: str, precision: str = "auto") -> torch.autocast:
-    """The context in which networks run: "fp32", "bf16", or "auto", bf16 where the device has it.
-
-    bf16 is a number of 16 bits with the range of a float32 and 8 bits of precision: half the bytes.
-    Raises ValueError for another name.
-    """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r}: choose from {', '.join(PRECISIONS)}")
-    bf16 = bf16_is_native(device) if precision == "auto" else precision == "bf16"
-    return torch.autocast(device, torch.bfloat16, enabled=bf16)
-
-
-@contextmanager
-def hold_signals() -> Iterator[Callable[[], bool]]:
-    """Within the block the first Ctrl-C (or Jupyter's Stop), SIGTERM or SIGHUP only raises a flag.
-
-    Yields a function that says whether one has come, so that a loop can finish its step, save, and stop.
-    A second one acts as always. Outside the main thread, where Python cannot hold them, all act as always.
-    """
-    came, before = [], {}
-
-    def release():
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not of Python
-
-    def note(*_):
-        came.append(True)
-        release()
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
-        if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
-            before[getattr(signal, name)] = signal.signal(getattr(signal, name), note)
-    try:
-        yield lambda: bool(came)
-    finally:
-        release()
-
-
-@contextmanager
-def enough_memory(name: str, at_once: int) -> Iterator[None]:
-    """Within the block each error of a full memory, of the processor or a GPU, becomes one MemoryError
-    that says which parameter to set below `at_once`, the images that the block takes at once."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
-        full = "out of memory" in str(error) or "allocate memory" in str(error)
-        if isinstance(error, RuntimeError) and not full or at_once == 1:
-            raise
-        raise MemoryError(f"{at_once} images at once do not fit in the memory; set {name} below "
-                          f"{at_once}") from error
 
 
 def shuffled_epochs(num_images: int, batch_size: int, seed: int, step: int) -> Iterator[Tensor]:
@@ -150,17 +58,6 @@ def shuffled_epochs(num_images: int, batch_size: int, seed: int, step: int) -> I
             left = torch.cat([left, order(epoch)])
         yield left[:batch_size]
         left = left[batch_size:]
-
-
-class LossModule(nn.Module):
-    """A loss as a module that owns its network, which is what DistributedDataParallel wraps."""
-
-    def __init__(self, model: nn.Module, loss_of: Callable[..., Tensor]):
-        super().__init__()
-        self.model, self.loss_of = model, loss_of
-
-    def forward(self, *batch: Tensor | None) -> Tensor:
-        return self.loss_of(*batch)
 
 
 class Run:
@@ -195,9 +92,7 @@ class Run:
                  decay: float = 0.999):
         self.model = model
         self.device = next(model.parameters()).device.type
-        self.rank, self.world = 0, 1
-        if dist.is_initialized():
-            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world = rank_and_world()
         for name, value, least in (("batch_size", batch_size, 1), ("num_epochs", num_epochs, 1),
                                    ("micro_batch_size", micro_batch_size or batch_size, 1),
                                    ("seed", seed, 0)):
@@ -209,8 +104,7 @@ class Run:
         learning_rate = float(learning_rate)
         if batch_size % self.world:
             raise ValueError(f"batch_size {batch_size}: must be a multiple of the {self.world} processes")
-        self.batch_size, self.micro_batch_size = batch_size, int(micro_batch_size or batch_size)
-        self.seed, self.decay, self.precision = seed, decay, autocast(self.device, precision)
+        self.batch_size, self.seed, self.precision = batch_size, seed, autocast(self.device, precision)
         self.num_images, self.total_steps = len(data), math.ceil(num_epochs * len(data) / batch_size)
         self.settings = {
             "batch_size": batch_size, "learning_rate": learning_rate, "num_epochs": num_epochs,
@@ -218,13 +112,15 @@ class Run:
             "labels": digest(data.labels) if use_labels else None,
             "precision": "bf16" if self.precision._enabled else "fp32",
             "device": self.device, "initial_weights": initial_weights and str(initial_weights)}
-        self.losses, self.steps, self.seconds, self.previews = [], 0, 0.0, []
+        self.losses, self.seconds, self.previews = [], 0.0, []
         self.folder = RunFolder(save_dir, writes=self.rank == 0)
         self.earlier, self.guide_steps = None, 0
         if initial_weights is not None and not (resume and self.folder.state.exists()):
             self._start_from(Path(initial_weights).expanduser())
-        self.average = deepcopy(model).eval().requires_grad_(False)
-        self._make_optimizer(learning_rate)
+        self.training_step = TrainingStep(model, learning_rate=learning_rate, total_steps=self.total_steps,
+                                   micro_batch_size=int(micro_batch_size or batch_size),
+                                   precision=self.precision, decay=decay)
+        self.average = self.training_step.average
         if self._goes_on(resume):
             self._load()
         elif self.rank == 0:
@@ -232,7 +128,7 @@ class Run:
             if initial_weights is not None:
                 self.folder.copy_guide_of(initial_weights)
         self.rng = torch.Generator(self.device)
-        self._loss_of, self._pending, self._meet_at = None, [], 0
+        self._pending, self._meet_at = [], 0
         self._pixels, self._labels = data.pixels, data.labels if use_labels else None
         if self.device == "cuda":
             self._copies = torch.cuda.Stream()
@@ -246,6 +142,10 @@ class Run:
         done = f", {self.steps:,} of them done" if self.steps else ""
         return (f"{count:,} weights on {many} in {self.settings['precision']}, {self.total_steps:,} steps "
                 f"of {self.batch_size} images{done}")
+
+    @property
+    def steps(self) -> int:
+        return self.training_step.steps
 
     @property
     def images_seen(self) -> int:
@@ -326,72 +226,7 @@ class Run:
         the whole batch; every process takes its share. A step whose gradient is not finite changes
         nothing, and ends the run at the next look at the losses.
         """
-        if loss_of is not self._loss_of:
-            self._loss_of, self._step = loss_of, self._fastest_step(loss_of)
-        share = self.batch_size // self.world
-        mine = slice(self.rank * share, (self.rank + 1) * share)
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))  # forgets the random start quickly
-        self._average_weight.fill_(1 - decay)
-        with enough_memory("micro_batch_size", min(self.micro_batch_size, share)):
-            self._pending.append(self._step(*(x if x is None else x[mine] for x in batch)))
-        self.lr_schedule.step()
-        self.steps += 1
-
-    def _plain_step(self, loss_of: Callable[..., Tensor], *batch: Tensor | None) -> Tensor:
-        """A step on this process's share of a batch; returns its loss and the gradient's norm, (2,)."""
-        self.optimizer.zero_grad(set_to_none=True)
-        size, loss = len(batch[0]), torch.zeros((), device=self.device)
-        for start in range(0, size, self.micro_batch_size):
-            end = start + self.micro_batch_size
-            part = [x if x is None else x[start:end] for x in batch]
-            alone = self._over_processes and end < size  # the last part sums over the processes
-            with self._over_processes.no_sync() if alone else nullcontext():
-                with self.precision:
-                    part_loss = loss_of(*part) * (len(part[0]) / size)
-                part_loss.backward()
-            loss += part_loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=1.0)
-        finite = norm.isfinite().float()
-        self.optimizer.found_inf = 1 - finite  # where 1, AdamW changes nothing (as for GradScaler)
-        self.optimizer.step()
-        average, weights = list(self.average.parameters()), [p.detach() for p in self.model.parameters()]
-        change = torch._foreach_sub(weights, average)
-        torch._foreach_mul_(change, self._average_weight * finite)
-        torch._foreach_add_(average, change)
-        return torch.stack([loss, norm])
-
-    # The step made fast
-
-    def _fastest_step(self, loss_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The step for this loss: over processes, compiled or recorded, where that is to be had."""
-        if self.device == "cuda":
-            pixels = self.batch_size // self.world * self._pixels[0].numel()
-            saved = self.total_steps * (SAVED_BY_STEP + SAVED_BY_PIXEL * pixels)
-            compiles = saved >= COMPILE_SECONDS  # by the whole run, so that a resumed one decides the same
-            if compiles:
-                loss_of = torch.compile(loss_of, dynamic=False)
-            print(f"the loss is {'compiled first' if compiles else 'not compiled'}, which takes about "
-                  f"{COMPILE_SECONDS} seconds and saves about {saved:.0f} in a run of this length")
-        self._over_processes = None
-        if self.world > 1:
-            loss_of = self._over_processes = DistributedDataParallel(LossModule(self.model, loss_of))
-
-        def step(*batch):
-            return self._plain_step(loss_of, *batch)
-        return recorded(step) if self.device == "cuda" and self.world == 1 else step
-
-    def _make_optimizer(self, learning_rate: float) -> None:
-        warm_up = max(1, self.total_steps // 20)
-
-        def factor(step):
-            return min(1, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / self.total_steps)) / 2
-
-        on_gpu = self.device == "cuda"
-        lr = torch.tensor(learning_rate, device=self.device)  # a tensor: a recorded step sees it change
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr, fused=True, capturable=on_gpu)
-        self.optimizer.grad_scale = None
-        self.lr_schedule = LambdaLR(self.optimizer, factor)
-        self._average_weight = torch.zeros((), device=self.device)
+        self._pending.append(self.training_step(loss_of, *batch))
 
     # Between the steps
 
@@ -499,24 +334,17 @@ class Run:
         return flag.item() > 0
 
     def _load(self) -> None:
-        state = self.folder.read_state(self._parts(), self.settings | self._described(), self.device)
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        state = self.folder.read_state(self.training_step.parts(), self.settings | self._described(), self.device)
         self.losses = state["losses"].tolist()
-        self.steps, self.seconds, self.earlier = len(self.losses), state["seconds"], state["earlier"]
+        self.training_step.load(state, len(self.losses))
+        self.seconds, self.earlier = state["seconds"], state["earlier"]
         self.guide_steps = state["guide_steps"]
         self.previews = [(seen, to_pil_image(picture)) for seen, picture in state["previews"]]
         self.settings["initial_weights"] = state["settings"].get("initial_weights")
-        (group,), (factor,) = self.optimizer.param_groups, self.lr_schedule.lr_lambdas
-        group["lr"].fill_(group["initial_lr"] * factor(self.steps))  # another one with other num_epochs
 
     def _described(self) -> dict:
         """What the checkpoint says of the network's task, which must stay the same in one run."""
         return {name: self.model.metadata.get(name) for name in ("noise_schedule", "classes")}
-
-    def _parts(self) -> dict:
-        return {"model": self.model, "average": self.average, "optimizer": self.optimizer,
-                "lr_schedule": self.lr_schedule}
 
     def _save(self) -> None:
         """Writes the state, from which resume goes on, and then the averaged weights made of it."""
@@ -525,7 +353,7 @@ class Run:
                              "seconds": self.seconds, "earlier": self.earlier, "job": self.job,
                              "guide_steps": self.guide_steps,
                              "previews": [(seen, pil_to_tensor(image)) for seen, image in self.previews]}
-                            | {name: part.state_dict() for name, part in self._parts().items()},
+                            | {name: part.state_dict() for name, part in self.training_step.parts().items()},
                             self.folder.state)
             self._save_average(self.folder.model)
             self.folder.write_figure("loss.png", self.plot_losses)

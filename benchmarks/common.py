@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import atomic_file  # noqa: E402
-from training import choose_device  # noqa: E402
+from machine import choose_device  # noqa: E402
 
 CACHE = ROOT / "benchmarks" / "cache"  # git-ignored: what takes long is made once
 device = choose_device()

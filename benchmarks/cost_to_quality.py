@@ -16,7 +16,7 @@ from common import (device, header, machine, once, parser_of, plot_distances,
 from measure import JUDGES, about_distance, classifier, training_distance
 from recipe import QUICK, Recipe, distance, train
 
-from training import bf16_is_native
+from machine import bf16_is_native
 
 PLAIN_LOOKS = (1 / 60, 1 / 30, 1 / 12, 1 / 6, 1 / 3, 2 / 3, 1.0)
 

@@ -22,10 +22,10 @@ from common import CACHE, ROOT, device, fingerprint, machine, once, parser_of
 
 from checkpoint import load_checkpoint, save_checkpoint
 from dataset_loader import read_idx, to_image
+from machine import PRECISIONS, autocast, bf16_is_native
 from model import U_net
 from noise import (NoiseScheduler, autoguided, gaussian_noise, image_generators,
                    image_labels, random_stream)
-from training import PRECISIONS, autocast, bf16_is_native
 
 GUIDES = ("early", "unlabelled")
 JUDGES = range(3)  # the seeds of the classifiers

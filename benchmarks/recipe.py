@@ -26,9 +26,9 @@ from loops import Images, QuietRun, run_steps, uniform_timesteps
 from measure import (JUDGES, about_distance, classifier, distance_to_test, draw, mnist,
                      training_distance)
 
+from machine import bf16_is_native
 from model import U_net
 from noise import NoiseScheduler
-from training import bf16_is_native
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,8 @@ def train(recipe: Recipe, seconds: float, looks: tuple[float, ...] = (1.0,),
                        learning_rate=recipe.learning_rate, num_epochs=10**6, seed=seed,
                        save_dir=folder, decay=recipe.ema,
                        precision="bf16" if recipe.bf16 else "fp32")
-        run.lr_schedule = LambdaLR(run.optimizer, factor)  # of the time, not the step
+        step = run.training_step
+        step.lr_schedule = LambdaLR(step.optimizer, factor)  # of the time, not the step
         timesteps = stratified_timesteps if recipe.stratified else uniform_timesteps
         steps = run_steps(run, loss_function(recipe, model, scheduler), timesteps)
         start = clock()

@@ -32,9 +32,9 @@ from loops import (Batch, Images, QuietRun, plain_loss, plain_steps, run_steps,
 from measure import mnist
 
 from checkpoint import load_checkpoint
+from machine import bf16_is_native
 from model import U_net
 from noise import NoiseScheduler, gaussian_noise, image_generators
-from training import bf16_is_native
 
 LADDER = {"plain loop": {}, "+ pixels decoded once": {"cached": True},
           "+ channels_last": {"channels_last": True}, "+ bf16": {"bf16": True},
@@ -282,7 +282,8 @@ def our_loss_at_end(pixels: Tensor, batch_size: int, steps: int, seed: int) -> f
     with tempfile.TemporaryDirectory() as folder:
         pixels = pixels[:steps * batch_size]  # one epoch of them
         run, walk = our_run(pixels, batch_size, steps, folder, seed)
-        run.lr_schedule = LambdaLR(run.optimizer, lambda step: 1)
+        step = run.training_step
+        step.lr_schedule = LambdaLR(step.optimizer, lambda _: 1)
         for _ in walk:
             pass
     return fmean(run.losses[-steps // 4:])

@@ -20,7 +20,7 @@ from measure import mnist, mnist_labels
 from recipe import LARGE
 
 import noise
-import training
+import training_step
 from model import U_net
 from noise import NoiseScheduler, gaussian_noise, image_generators, random_stream
 
@@ -56,16 +56,16 @@ def plain_rate(network: dict, batch_size: int, count: int) -> float:
 def run_rate(network: dict, batch_size: int, count: int, how: str) -> float:
     """Images a second of `Run`, "plain", "recorded" or "compiled" and recorded."""
     model = U_net(device, num_classes=10, **network)
-    kept = training.COMPILE_SECONDS, training.recorded
-    training.COMPILE_SECONDS = 0 if how == "compiled" else float("inf")
+    kept = training_step.COMPILE_SECONDS, training_step.recorded
+    training_step.COMPILE_SECONDS = 0 if how == "compiled" else float("inf")
     if how == "plain":
-        training.recorded = lambda step: step
+        training_step.recorded = lambda step: step
     with tempfile.TemporaryDirectory() as folder:
         run = QuietRun(model, digits(), batch_size=batch_size, learning_rate=1e-3,
                        num_epochs=1000, seed=0, save_dir=folder, use_labels=True)
         steps = run_steps(run, plain_loss(model, NoiseScheduler(device=device)))
         found = rate(steps, batch_size, count)
-    training.COMPILE_SECONDS, training.recorded = kept
+    training_step.COMPILE_SECONDS, training_step.recorded = kept
     return found
 
 

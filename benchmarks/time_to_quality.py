@@ -20,7 +20,7 @@ from measure import (distances_to_test, draw, guide_of, mean_probabilities, read
 from recipe import LARGE
 
 from run_notebook import run_notebook
-from training import bf16_is_native
+from machine import bf16_is_native
 
 PAGE = ROOT / "benchmarks" / "time_to_quality.md"
 INTRODUCTION = """Seconds on one GPU from random weights to R <= 2: the Frechet distance of digits

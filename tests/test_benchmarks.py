@@ -453,7 +453,7 @@ def test_the_learning_rate_of_a_recipe_is_that_of_the_time(decay, monkeypatch):
                     decay=decay)
     rates = []
     for _ in train(recipe, 1.0, looks=(0.5, 1.0)):
-        rates.append(runs[0].optimizer.param_groups[0]["lr"].item())
+        rates.append(runs[0].training_step.optimizer.param_groups[0]["lr"].item())
     if decay == "constant":
         assert rates == [pytest.approx(0.002)] * 2
     else:

@@ -17,12 +17,15 @@ import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 
+import machine
 import training
+import training_step
 from checkpoint import load_checkpoint, save_checkpoint
 from dataset_loader import ImageDataset
+from machine import autocast, hold_signals
 from model import U_net
 from recorded import recorded
-from training import Run, autocast, hold_signals, shuffled_epochs
+from training import Run, shuffled_epochs
 
 IMAGES, CLASSES = 40, 2
 
@@ -141,7 +144,7 @@ def test_a_short_gradient_is_not_made_longer(tmp_path):
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(tmp_path):
     whole, parts = (run_in(tmp_path / str(size), micro_batch_size=size) for size in (None, 3))
     for run in (whole, parts):
-        run.optimizer = torch.optim.SGD(run.model.parameters(), 0.1, fused=True)
+        run.training_step.optimizer = torch.optim.SGD(run.model.parameters(), 0.1, fused=True)
     with pytest.warns(UserWarning, match="lr_scheduler"):  # of the optimizer that is gone
         train(whole)
     train(parts)
@@ -162,7 +165,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_ends_the_run(tmp_path
                 run._meet_at = 0
             run.step(breaks, x0, torch.randn(x0.shape, generator=run.rng), label)
     assert torch.equal(weights(run.model), kept[0]) and torch.equal(weights(run.average), kept[1])
-    moments = run.optimizer.state.values()
+    moments = run.training_step.optimizer.state.values()
     assert all(m["exp_avg"].isfinite().all() and m["step"] == 3 for m in moments)
 
 
@@ -206,7 +209,7 @@ def test_a_run_that_was_stopped_and_resumed_is_the_one_that_never_stopped(tmp_pa
     assert parts.losses == whole.losses and len(whole.losses) == 10
     for one, other in ((parts.model, whole.model), (parts.average, whole.average)):
         assert torch.equal(weights(one), weights(other))
-    for one, other in zip(parts.optimizer.state.values(), whole.optimizer.state.values()):
+    for one, other in zip(parts.training_step.optimizer.state.values(), whole.training_step.optimizer.state.values()):
         assert all(torch.equal(one[name], other[name]) for name in one)
     saved = [U_net.from_checkpoint(tmp_path / name / "model.pth") for name in ("whole", "parts")]
     assert torch.equal(*map(weights, saved)) and torch.equal(weights(saved[0]), weights(whole.average))
@@ -253,7 +256,7 @@ def test_the_learning_rate_of_a_finished_run_is_no_longer_zero_where_it_goes_on(
     run, used = run_in(tmp_path, resume=True, num_epochs=4), []
     loss_of = loss_by(run)
     for x0, label in run.batches():
-        used.append(run.optimizer.param_groups[0]["lr"].item())
+        used.append(run.training_step.optimizer.param_groups[0]["lr"].item())
         run.step(loss_of, x0, torch.randn(x0.shape), label)
     expected = [1e-3 * (1 + math.cos(math.pi * step / 20)) / 2 for step in range(10, 20)]
     assert used == pytest.approx(expected)
@@ -635,7 +638,7 @@ def losses_on_gpu(folder, until=None, **arguments):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_recorded_step_is_the_plain_one(cuda, tmp_path, monkeypatch, precision):
     recorded = losses_on_gpu(tmp_path / "recorded", precision=precision)
-    monkeypatch.setattr(training, "recorded", lambda step: step)
+    monkeypatch.setattr(training_step, "recorded", lambda step: step)
     assert losses_on_gpu(tmp_path / "plain", precision=precision) == recorded and len(recorded) == 20
 
 
@@ -657,14 +660,14 @@ def test_a_step_that_cannot_be_recorded_stays_plain(cuda, capsys):
 @pytest.mark.skipif(os.name != "posix", reason="reads the environment of torchrun")
 def test_one_process_alone_needs_no_group(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert training.choose_device() == "cpu" and not torch.distributed.is_initialized()
+    assert machine.choose_device() == "cpu" and not torch.distributed.is_initialized()
 
 
 def test_a_mac_trains_on_its_gpu_alone_and_on_its_processor_under_torchrun(monkeypatch):
     monkeypatch.setattr("torch.accelerator.current_accelerator",
                         lambda check_available=False: torch.device("mps"))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert training.choose_device() == "mps"
+    assert machine.choose_device() == "mps"
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert training.choose_device() == "cpu"
+    assert machine.choose_device() == "cpu"
