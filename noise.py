@@ -182,7 +182,7 @@ class NoiseScheduler(nn.Module):
 
     def denoise(self, model: Predictor, xt: Tensor, num_steps: int | None = None, sampler: str = "ddpm",
                 generator: Generators = None, eta: float | None = None, spacing: float = 1.0,
-                ) -> Iterator[tuple[int, Tensor]]:
+                last: Predictor | None = None) -> Iterator[tuple[int, Tensor]]:
         """The reverse process from pure noise to images, one evaluation of the network for each step.
 
         model(x, t): predicts the noise; xt (B, C, H, W): standard normal, the x_t of t = T-1.
@@ -190,6 +190,8 @@ class NoiseScheduler(nn.Module):
         sampler: "ddpm" (ancestral), "ddim" or "dpm_solver".
         eta: how much of the ancestral step's fresh noise "ddim" (None: 0) and "dpm_solver" (None: 1)
         add, in [0, 1].
+        last(x, t): makes the last prediction in place of model. It is the image itself: where model is
+        guided, the network alone leaves less error there.
         Yields (t, x_t) after each step, t strictly decreasing, at last (-1, x_0): images in about
         [-1, 1]. Raises ValueError for a value that is none of these, and where the network predicts a
         number that is not finite.
@@ -202,14 +204,15 @@ class NoiseScheduler(nn.Module):
             raise ValueError(f"eta {eta}: must be in 0 ... 1, and 1 or None with sampler 'ddpm'")
         step = {"ddpm": self.ddpm_step, "ddim": partial(self.ddim_step, eta=eta),
                 "dpm_solver": self.dpm_solver(eta)}[sampler]
-        return self._steps(model, xt, self.timesteps(num_steps, spacing), step, generator)
+        return self._steps(model, xt, self.timesteps(num_steps, spacing), step, generator, last)
 
     @torch.no_grad()
-    def _steps(self, model, xt, timesteps, step, generator):
+    def _steps(self, model, xt, timesteps, step, generator, last):
         if xt.is_cuda and len(timesteps) > RECORDING_PAYS:  # there a small network waits for its launches
             model = recorded(model, plain_calls=1)
         for t, s in pairwise(timesteps):
-            xt = step(xt, self._predict(model, xt, t), t, s, generator=generator)
+            predict = last if last and s == -1 else model
+            xt = step(xt, self._predict(predict, xt, t), t, s, generator=generator)
             if s == -1:  # a bad number stays bad: one look at the end is enough
                 self._check_finite(xt)
             yield s, xt

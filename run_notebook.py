@@ -12,6 +12,7 @@ import json
 import linecache
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -73,6 +74,13 @@ def run_notebook(path: str | os.PathLike, parameters: dict, shown=lambda names, 
     return names
 
 
+def explains_itself(error: Exception) -> bool:
+    """Whether this project raised it, with a message that says what to do, and no library or mistake."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(last.filename).resolve().parent == Path(__file__).resolve().parent
+    return ours and last.line.startswith("raise ")
+
+
 def main() -> None:
     if len(sys.argv) < 2 or {"-h", "--help"} & set(sys.argv):
         sys.exit(__doc__)
@@ -102,4 +110,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as error:
+        if not explains_itself(error):
+            raise
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -31,7 +31,7 @@ from checkpoint import load_checkpoint, save_checkpoint
 from machine import autocast, hold_signals, rank_and_world
 from noise import random_stream
 from run_folder import RunFolder, strip_of
-from training_step import TrainingStep
+from training_step import Loss, TrainingStep
 
 ORDER, DRAWS = 0, 1  # which random stream of a seed: the order of the images, or what a step draws
 SAVE_SECONDS = 120  # between two writes of the state
@@ -93,14 +93,12 @@ class Run:
         self.model = model
         self.device = next(model.parameters()).device.type
         self.rank, self.world = rank_and_world()
-        for name, value, least in (("batch_size", batch_size, 1), ("num_epochs", num_epochs, 1),
-                                   ("micro_batch_size", micro_batch_size or batch_size, 1),
-                                   ("seed", seed, 0)):
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} {value!r}: must be a whole number of at least {least}")
+        batch_size = whole_number("batch_size", batch_size, least=1)
+        num_epochs = whole_number("num_epochs", num_epochs, least=1)
+        micro_batch_size = whole_number("micro_batch_size", micro_batch_size or batch_size, least=1)
+        seed = whole_number("seed", seed, least=0)
         if not isinstance(learning_rate, Real) or not 0 < learning_rate < math.inf:
             raise ValueError(f"learning_rate {learning_rate!r}: must be a number above 0")
-        batch_size, num_epochs, seed = int(batch_size), int(num_epochs), int(seed)  # of numpy, perhaps
         learning_rate = float(learning_rate)
         if batch_size % self.world:
             raise ValueError(f"batch_size {batch_size}: must be a multiple of the {self.world} processes")
@@ -117,9 +115,9 @@ class Run:
         self.earlier, self.guide_steps = None, 0
         if initial_weights is not None and not (resume and self.folder.state.exists()):
             self._start_from(Path(initial_weights).expanduser())
-        self.training_step = TrainingStep(model, learning_rate=learning_rate, total_steps=self.total_steps,
-                                   micro_batch_size=int(micro_batch_size or batch_size),
-                                   precision=self.precision, decay=decay)
+        self.training_step = TrainingStep(
+            model, learning_rate=learning_rate, total_steps=self.total_steps, decay=decay,
+            micro_batch_size=micro_batch_size, precision=self.precision)
         self.average = self.training_step.average
         if self._goes_on(resume):
             self._load()
@@ -219,12 +217,12 @@ class Run:
         copy.record_stream(torch.cuda.current_stream())
         return copy
 
-    def step(self, loss_of: Callable[..., Tensor], *batch: Tensor | None) -> None:
+    def step(self, loss_of: Loss, *batch: Tensor | None) -> None:
         """One step of training: gradient, clipped at a norm of 1, AdamW, learning rate, average.
 
-        loss_of(*batch): the mean loss, a function of tensors alone, each with one entry for each image of
-        the whole batch; every process takes its share. A step whose gradient is not finite changes
-        nothing, and ends the run at the next look at the losses.
+        loss_of(*batch): the mean loss, a function of tensors alone, the images first, each with one entry
+        for each image of the whole batch; every process takes its share. A step whose gradient is not
+        finite changes nothing, and ends the run at the next look at the losses.
         """
         self._pending.append(self.training_step(loss_of, *batch))
 
@@ -334,7 +332,8 @@ class Run:
         return flag.item() > 0
 
     def _load(self) -> None:
-        state = self.folder.read_state(self.training_step.parts(), self.settings | self._described(), self.device)
+        settings = self.settings | self._described()
+        state = self.folder.read_state(self.training_step.parts(), settings, self.device)
         self.losses = state["losses"].tolist()
         self.training_step.load(state, len(self.losses))
         self.seconds, self.earlier = state["seconds"], state["earlier"]
@@ -349,12 +348,12 @@ class Run:
     def _save(self) -> None:
         """Writes the state, from which resume goes on, and then the averaged weights made of it."""
         if self.rank == 0:
-            save_checkpoint({"settings": self.settings | self._described(), "losses": torch.tensor(self.losses),
-                             "seconds": self.seconds, "earlier": self.earlier, "job": self.job,
-                             "guide_steps": self.guide_steps,
-                             "previews": [(seen, pil_to_tensor(image)) for seen, image in self.previews]}
-                            | {name: part.state_dict() for name, part in self.training_step.parts().items()},
-                            self.folder.state)
+            state = {"settings": self.settings | self._described(), "losses": torch.tensor(self.losses),
+                     "seconds": self.seconds, "earlier": self.earlier, "job": self.job,
+                     "guide_steps": self.guide_steps,
+                     "previews": [(seen, pil_to_tensor(image)) for seen, image in self.previews]}
+            parts = {name: part.state_dict() for name, part in self.training_step.parts().items()}
+            save_checkpoint(state | parts, self.folder.state)
             self._save_average(self.folder.model)
             self.folder.write_figure("loss.png", self.plot_losses)
         self._saved_at = time.perf_counter()
@@ -366,6 +365,13 @@ class Run:
                                          "seconds": round(self.seconds), "earlier": self.earlier}}
         if self.rank == 0:
             save_checkpoint(self.average.state_dict(), path)
+
+
+def whole_number(name: str, value: Integral, least: int) -> int:
+    """The value as Python's own int, perhaps of numpy's. Raises ValueError for anything else."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} {value!r}: must be a whole number of at least {least}")
+    return int(value)
 
 
 def digest(values: Tensor) -> str:

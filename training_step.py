@@ -1,4 +1,4 @@
-"""One step of training: gradient, clip, AdamW, learning rate, average; and what makes it fast on a device."""
+"""One step of training: gradient, clip, AdamW, learning rate, average; and what makes it fast."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from recorded import recorded
 # Seconds on an H200: what torch.compile takes, and what it saves in a step and in that step's pixels
 COMPILE_SECONDS, SAVED_BY_STEP, SAVED_BY_PIXEL = 45, 1e-3, 1e-8
 
-Loss = Callable[..., Tensor]  # of tensors, each with one entry for each image: their mean loss
+Loss = Callable[..., Tensor]  # the mean loss of a batch
 
 
 class LossModule(nn.Module):
@@ -33,12 +33,7 @@ class LossModule(nn.Module):
 class TrainingStep:
     """A function of (loss_of, *batch) that trains `model` in place by one step.
 
-    learning_rate: of AdamW, after a warm-up of a twentieth of the run and before a cosine down to zero
-    after total_steps.
-    micro_batch_size: at most so many images at a time on one device, whose gradients add up.
-    precision: the context in which the loss is computed. decay: what the average keeps of itself in a
-    step, at most.
-
+    The arguments are those of `training.Run`; precision is the context in which the loss is computed.
     `average` is the averaged network, `steps` the number of steps taken.
     """
 
@@ -69,14 +64,15 @@ class TrainingStep:
         """Goes on from the state of all parts after so many steps, perhaps of a run of another length."""
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
-        self.steps, (group,) = steps, self.optimizer.param_groups
-        group["lr"].fill_(group["initial_lr"] * self._lr_factor(steps))
+        self.steps = steps
+        (group,) = self.optimizer.param_groups
+        group["lr"].fill_(group["initial_lr"] * self._lr_factor(steps))  # the file's is of its own length
 
     def __call__(self, loss_of: Loss, *batch: Tensor | None) -> Tensor:
         """Takes one step; returns the loss of this process's share and the gradient's norm, (2,).
 
-        loss_of(*batch): the mean loss, a function of tensors alone, each with one entry for each image of
-        the whole batch; every process takes its share. Where the gradient is not finite nothing changes.
+        loss_of, batch: as for `Run.step`, the images first. Where the gradient is not finite nothing
+        changes.
         """
         share = len(batch[0]) // self.world
         mine = slice(self.rank * share, (self.rank + 1) * share)

@@ -27,7 +27,7 @@ CACHE = ROOT / "benchmarks" / "cache"  # git-ignored: what takes long is made on
 device = choose_device()
 
 
-def machine() -> str:
+def machine_in_words() -> str:
     """What the figures were measured on, in words."""
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
@@ -110,7 +110,7 @@ def mean_and_each(values: Iterable[float], form: str) -> str:
 def write_page(name: str, args: argparse.Namespace, lines: list[str],
                note: str = "") -> None:
     """Writes benchmarks/NAME.md: the command, the machine, and what was found."""
-    text = [f"`{command(args)}` on {machine()}{note}", "", *lines, ""]
+    text = [f"`{command(args)}` on {machine_in_words()}{note}", "", *lines, ""]
     (ROOT / "benchmarks" / f"{name}.md").write_text("\n".join(text))
 
 

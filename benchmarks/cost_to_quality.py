@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from common import (device, header, machine, once, parser_of, plot_distances,
+from common import (device, header, machine_in_words, once, parser_of, plot_distances,
                     process_pool, row, write_page)
 from measure import JUDGES, about_distance, classifier, training_distance
 from recipe import QUICK, Recipe, distance, train
@@ -32,7 +32,7 @@ def plain(minutes: float, samples: int) -> list[tuple[float, int, float]]:
         return [(seconds / 60, seen, distance(recipe, network, samples, bf16=False))
                 for seconds, seen, network, _
                 in train(recipe, 60 * minutes, PLAIN_LOOKS)]
-    key = (asdict(recipe), minutes, PLAIN_LOOKS, samples, machine())
+    key = (asdict(recipe), minutes, PLAIN_LOOKS, samples, machine_in_words())
     return once("plain", key, run)
 
 
@@ -48,7 +48,7 @@ def ours(recipe: Recipe, minutes: float, samples: int) -> tuple[float, ...]:
         return seconds / 60, seen, *(
             distance(recipe, network, samples, recipe.bf16, guide)
             for guide in (None, early[-1].eval()))
-    return once("ours", (asdict(recipe), minutes, samples, machine()), run)
+    return once("ours", (asdict(recipe), minutes, samples, machine_in_words()), run)
 
 
 def runs(args: argparse.Namespace, recipe: Recipe) -> tuple[list, list]:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
-from common import ROOT, machine, parser_of
+from common import ROOT, machine_in_words, parser_of
 
 MODELS = {name: f"Save_model/model_DDPM{name}.pth" for name in ("_large", "")}
 TESTS = [sys.executable, "-m", "pytest", "-q", "-rfEs", "--durations=10", "tests"]
@@ -71,7 +71,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args, start = arguments(), perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
-    print(machine(), flush=True)
+    print(machine_in_words(), flush=True)
     chosen = parts(args.miniature)
     pages = {page: page.read_text() for page in (ROOT / "benchmarks").glob("*.md")}
     tests = None

@@ -11,7 +11,8 @@ from itertools import product
 from common import header, mean_and_each, row, write_page
 from measure import (GUIDES, about_distance, about_unclear, checkpoint_arguments,
                      distances_to_test, drawn_once, guide_path, load_model,
-                     mean_probabilities, relative_distance, right_digits, unclear)
+                     mean_probabilities, mnist, relative_distance, right_digits,
+                     unclear)
 
 from model import U_net
 
@@ -31,12 +32,13 @@ def arguments() -> argparse.Namespace:
 
 def measured(args: argparse.Namespace, model: U_net, seed: int, steps: int, **how,
              ) -> tuple[float, ...]:
-    """R, the share of unclear digits and, where there are labels, of right ones."""
+    """R, the share of unclear digits and of black pixels and, where there are labels,
+    of right digits."""
     drawn = drawn_once(args.model, model, range(args.samples), seed, steps,
                        precision=args.precision, **how)
     probabilities = mean_probabilities(drawn.pixels)
     distance = relative_distance(distances_to_test(drawn.pixels), args.samples)
-    found = distance, unclear(probabilities)
+    found = distance, unclear(probabilities), (drawn.pixels == 0).float().mean().item()
     if drawn.labels is None:
         return found
     return *found, right_digits(probabilities, drawn.labels).float().mean().item()
@@ -45,7 +47,8 @@ def measured(args: argparse.Namespace, model: U_net, seed: int, steps: int, **ho
 def main() -> None:
     args = arguments()
     model = load_model(args)
-    names = ["guide", "guidance", "spacing", "steps", "evaluations", "R", "unclear"]
+    names = ["guide", "guidance", "spacing", "steps", "evaluations", "R", "unclear",
+             "black"]
     names += ["right digit"] * bool(model.network["num_classes"])
     table = header(*names)
     grid = product(args.guide, args.guidance, args.spacing, args.steps)
@@ -56,12 +59,14 @@ def main() -> None:
         found = zip(*(measured(args, model, seed, steps, guide=guide, guidance=guidance,
                                spacing=spacing) for seed in args.seed))
         table.append(row("none" if alone else guide, f"{guidance:g}", f"{spacing:g}",
-                         steps, steps * (2 - alone),
-                         *map(mean_and_each, found, (".3f", ".1%", ".1%"))))
+                         steps, steps if alone else 2 * steps - 1,
+                         *map(mean_and_each, found, (".3f", ".1%", ".1%", ".1%"))))
         print(table[-1], flush=True)
     explained = ["R: the Frechet distance of the samples, divided by that of the",
                  "training images. Right digit: the share that shows the digit asked",
-                 "for. Where there are several seeds: the mean, and each."]
+                 "for. Black: the share of the pixels; of the test images' it is "
+                 f"{(mnist('t10k') == 0).float().mean():.1%}.",
+                 "Where there are several seeds: the mean, and each."]
     write_page(f"guidance_{args.model.stem}_{args.samples}", args,
                [*about_distance(args.samples, "of dpm_solver"), *about_unclear(),
                 *explained, "", *table], ":")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from common import ROOT, header, machine, once, parser_of, row, write_page
+from common import ROOT, header, machine_in_words, once, parser_of, row, write_page
 from measure import (about_distance, about_unclear, distance_to_test, draw,
                      loss_on_test_images, mean_probabilities, ready, unclear)
 
@@ -74,7 +74,7 @@ def main() -> None:
                    "Frechet distance", "unclear")
     for network, name in CHECKPOINTS.items():
         for revision, date in versions(name):
-            found = once("history", (revision, name, args.samples, machine()),
+            found = once("history", (revision, name, args.samples, machine_in_words()),
                          lambda: measured(revision, name, args.samples))
             curves.setdefault(network, []).append(found)
             images, minutes, loss, distance, share = found

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
-from common import CACHE, ROOT, device, fingerprint, machine, once, parser_of
+from common import CACHE, ROOT, device, fingerprint, machine_in_words, once, parser_of
 
 from checkpoint import load_checkpoint, save_checkpoint
 from dataset_loader import read_idx, to_image
@@ -151,7 +151,8 @@ def draw(model: U_net, images: range, seed: int, num_steps: int,
     """The images of one seed, as generate_image.ipynb draws them.
 
     label: a class or a list of them; None: each image draws its own, as frequent as in
-    the training data. guide, guidance: see `predictor`. denoise: takes the place of
+    the training data. guide, guidance: see `predictor`; the last prediction, which is
+    the image, is the network's own. denoise: takes the place of
     `NoiseScheduler.denoise`; options are its own, such as `eta`.
     """
     if denoise is None:
@@ -169,6 +170,8 @@ def draw(model: U_net, images: range, seed: int, num_steps: int,
         generators = image_generators(seed, batch, device)
         xt = gaussian_noise(torch.empty(len(batch), *shape, device=device), generators)
         predict = predictor(model, asked, guide, guidance)
+        if guidance != 1:
+            options["last"] = predictor(model, asked)
         with autocast(device, precision):
             walk = denoise(predict, xt, num_steps, sampler, generators, **options)
             for _, xt in walk:  # one after the other: not all in memory
@@ -189,7 +192,7 @@ def drawn_once(path: Path, model: U_net, images: range, seed: int, num_steps: in
         if options.get(name, default) == default:  # the same as an option not given
             options.pop(name, None)
     decides = [*fingerprint(path, *[guide_path(path)] * early), images, seed, num_steps,
-               sampler, guidance, sorted(options.items()), machine()]
+               sampler, guidance, sorted(options.items()), machine_in_words()]
     kept = CACHE / f"samples_{hashlib.md5(repr(decides).encode()).hexdigest()[:16]}.pth"
     if not kept.exists():
         options["guide"] = None if guidance == 1 else guide_of(path, model, guide)
@@ -326,7 +329,7 @@ def training_distances(count: int) -> list[list[float]]:
     for seed in JUDGES:
         classifier(seed)
     judges = [fingerprint(classifier_path(seed))[0] for seed in JUDGES]
-    return once("training_distances", (count, judges, machine()),
+    return once("training_distances", (count, judges, machine_in_words()),
                 lambda: list(map(distances_to_test, sets)))
 
 

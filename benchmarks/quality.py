@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from common import ROOT, device, fingerprint, header, machine, once, row, write_page
+from common import (ROOT, device, fingerprint, header, machine_in_words, once, row,
+                    write_page)
 from measure import (GUIDES, JUDGES, Drawn, checkpoint_arguments, classifier,
                      distances_to_test, drawn_once, features, load_model,
                      mean_probabilities, mnist, mnist_labels, relative_distance,
@@ -113,9 +114,9 @@ def about_cas(drawn: Drawn, key: tuple) -> list[str]:
     """The CAS of samples beside that of as many training images: text, in lines."""
     count = len(drawn.pixels)
     real = mnist("train")[:count], mnist_labels("train")[:count]
-    of_real = once("cas_real", (count, CAS, machine()),
+    of_real = once("cas_real", (count, CAS, machine_in_words()),
                    lambda: classification_accuracy(*real, "real"))
-    of_drawn = once("cas", (count, CAS, machine(), *key), lambda:
+    of_drawn = once("cas", (count, CAS, machine_in_words(), *key), lambda:
                     classification_accuracy(drawn.pixels, drawn.labels, "samples"))
     errors = (1 - fmean(of_drawn)) / max(1 - fmean(of_real), 1e-4)
     said = [f"{fmean(found):.2%} ({', '.join(f'{one:.2%}' for one in found)})"

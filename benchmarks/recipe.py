@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from common import (device, header, machine, mean_and_each, once, parser_of,
+from common import (device, header, machine_in_words, mean_and_each, once, parser_of,
                     process_pool, row, write_page)
 from loops import Images, QuietRun, run_steps, uniform_timesteps
 from measure import (JUDGES, about_distance, classifier, distance_to_test, draw, mnist,
@@ -211,7 +211,7 @@ def result(recipe: Recipe, minutes: float, samples: int, bf16: bool, seed: int =
             if "finite" not in str(error):
                 raise
             return math.inf, math.inf, 0
-    key = (asdict(recipe), minutes, samples, bf16, seed, machine())
+    key = (asdict(recipe), minutes, samples, bf16, seed, machine_in_words())
     return tuple(once("recipe", key, run))
 
 

@@ -38,7 +38,7 @@ def measured(args: argparse.Namespace, model: U_net) -> list[tuple]:
                 options = {"guide": args.guide, "guidance": args.guidance}
             drawn = drawn_once(args.model, model, range(args.samples), args.seed, steps,
                                sampler, precision=args.precision, **options)
-            found.append((name, steps, steps * (1 + guided),
+            found.append((name, steps, steps + guided * (steps - 1),
                           distance_to_test(drawn.pixels)))
             print(*found[-1], flush=True)
     return found

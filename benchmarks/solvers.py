@@ -13,7 +13,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from common import device, fingerprint, header, machine, once, row, write_page
+from common import device, fingerprint, header, machine_in_words, once, row, write_page
 from measure import (about_distance, checkpoint_arguments, distance_to_test, draw,
                      load_model)
 
@@ -82,7 +82,7 @@ def main() -> None:
     for steps in args.steps:
         for name, options in SOLVERS.items():
             key = (name, steps, args.samples, args.seed, args.precision,
-                   fingerprint(args.model)[0], machine())
+                   fingerprint(args.model)[0], machine_in_words())
             found[name] += once("solvers", key, lambda: [distance_to_test(draw(
                 model, range(args.samples), args.seed, steps, precision=args.precision,
                 **options).pixels)])

@@ -14,13 +14,13 @@ from time import perf_counter
 
 import matplotlib.pyplot as plt
 
-from common import ROOT, commit, device, header, machine, parser_of, row
+from common import ROOT, commit, device, header, machine_in_words, parser_of, row
 from measure import (distances_to_test, draw, guide_of, mean_probabilities, ready,
                      relative_distance, right_digits, unclear)
 from recipe import LARGE
 
-from run_notebook import run_notebook
 from machine import bf16_is_native
+from run_notebook import run_notebook
 
 PAGE = ROOT / "benchmarks" / "time_to_quality.md"
 INTRODUCTION = """Seconds on one GPU from random weights to R <= 2: the Frechet distance of digits
@@ -68,7 +68,7 @@ def main() -> None:
             "max_images": args.max_images, "save_dir": folder})["run"]
         whole = perf_counter() - start
         found = measured(run.folder.model, args.samples)
-    cells = (date.today(), f"`{commit()}`", machine(),
+    cells = (date.today(), f"`{commit()}`", machine_in_words(),
              f"{args.batch_size}, {args.learning_rate:g}, {args.num_epochs}",
              f"{run.images_seen:,}", f"{run.seconds:.0f} ({whole:.0f})",
              f"{args.samples:,}", *found)

@@ -341,6 +341,25 @@ def test_a_perfect_denoiser_of_one_image_returns_it(scheduler, sampler, num_step
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("num_steps", [1, 2, 20])
+def test_the_last_prediction_is_the_image_and_another_network_may_make_it(scheduler, sampler, num_steps):
+    """Two perfect denoisers, each of an image of its own: one for the way, one for the end."""
+    _, alpha_bar = as_paper(scheduler)
+    way, end = torch.rand(2, 1, 1, 8, 8, generator=rng()) * 2 - 1
+    seen = []
+
+    def denoiser(image):
+        def model(x, t):
+            seen.append((image is end, t[0].item()))
+            return (x - math.sqrt(alpha_bar[t[0]]) * image) / math.sqrt(1 - alpha_bar[t[0]])
+        return model
+    xt = torch.randn(2, 1, 8, 8, generator=rng(1))
+    *_, (_, x0) = scheduler.denoise(denoiser(way), xt, num_steps, sampler, rng(2), last=denoiser(end))
+    assert seen == [(t == scheduler.timesteps(num_steps)[-2], t) for t in scheduler.timesteps(num_steps)[:-1]]
+    torch.testing.assert_close(x0, end.expand(2, -1, -1, -1), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("num_steps", [1, 7, 10, 33, 1000])
 def test_timesteps_fall_strictly_from_the_last_to_the_clean_image(scheduler, sampler, num_steps):
     seen = []

@@ -302,6 +302,16 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused(tmp_path):
     assert finished.returncode and "batch_size 7: must be a multiple of the 2 processes" in finished.stdout
 
 
+def test_a_bad_parameter_is_one_line_and_a_mistake_in_the_code_has_its_traceback(tmp_path):
+    finished = command_line(tmp_path, batch_size=0)
+    assert finished.returncode == 1
+    assert finished.stdout == "ValueError: batch_size 0: must be a whole number of at least 1\n"
+    for mistake in ("int('x')", "{}['x']", "import json; json.loads('{')"):
+        with pytest.raises((ValueError, KeyError)) as found:
+            run_notebook.run_cell(mistake, "<train.ipynb, cell 1>", {})
+        assert not run_notebook.explains_itself(found.value)
+
+
 def test_a_notebook_runs_in_its_folder_and_a_typed_path_is_from_where_one_is(tmp_path):
     colours = tmp_path / "colours"
     colours.mkdir()

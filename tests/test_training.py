@@ -209,7 +209,8 @@ def test_a_run_that_was_stopped_and_resumed_is_the_one_that_never_stopped(tmp_pa
     assert parts.losses == whole.losses and len(whole.losses) == 10
     for one, other in ((parts.model, whole.model), (parts.average, whole.average)):
         assert torch.equal(weights(one), weights(other))
-    for one, other in zip(parts.training_step.optimizer.state.values(), whole.training_step.optimizer.state.values()):
+    one, other = (run.training_step.optimizer.state.values() for run in (parts, whole))
+    for one, other in zip(one, other):
         assert all(torch.equal(one[name], other[name]) for name in one)
     saved = [U_net.from_checkpoint(tmp_path / name / "model.pth") for name in ("whole", "parts")]
     assert torch.equal(*map(weights, saved)) and torch.equal(weights(saved[0]), weights(whole.average))
