@@ -149,11 +149,12 @@ class NoiseScheduler(nn.Module):
         takes it to go on changing as on the step before, reckons its mean over the step, and makes the
         step of DDIM with that. eta = 0 adds no fresh noise and eta = 1 that of the ancestral step.
 
-        In formulas: let λ = log √(ᾱ / (1 - ᾱ)), half the log of the signal-to-noise ratio. In ever smaller
-        steps the walk becomes a differential equation in λ, an ODE without fresh noise and an SDE with it.
-        From t to s, h = λ_s - λ_t, its exact solution (Eq. 8 there; section 5 for the SDE) sees x̂_0 at
-        each λ with the weight e^{kλ}, where k = 1 + eta². Where x̂_0 goes on in a straight line as it
-        moved from u, the timestep before, to t, its weighted mean is
+        In formulas, which one can skip: let λ = log √(ᾱ / (1 - ᾱ)), half the log of the signal-to-noise
+        ratio. In ever smaller steps the walk becomes a differential equation in λ, an ODE without fresh
+        noise and an SDE, which has a random term, with it. From t to s, h = λ_s - λ_t, its exact solution
+        (Eq. 8 there; section 5 for the SDE) sees x̂_0 at each λ with the weight e^{kλ}, where k = 1 + eta².
+        Where x̂_0 goes on in a straight line as it moved from u, the timestep before, to t, its weighted
+        mean is
 
             D = x̂_0(t) + (h / (1 - e^{-kh}) - 1 / k) (x̂_0(t) - x̂_0(u)) / (λ_t - λ_u)
 
@@ -190,8 +191,8 @@ class NoiseScheduler(nn.Module):
         sampler: "ddpm" (ancestral), "ddim" or "dpm_solver".
         eta: how much of the ancestral step's fresh noise "ddim" (None: 0) and "dpm_solver" (None: 1)
         add, in [0, 1].
-        last(x, t): makes the last prediction in place of model. It is the image itself: where model is
-        guided, the network alone leaves less error there.
+        last(x, t): makes the last prediction in place of model; the image that it implies is the result.
+        Where model is guided, the network alone leaves less error there.
         Yields (t, x_t) after each step, t strictly decreasing, at last (-1, x_0): images in about
         [-1, 1]. Raises ValueError for a value that is none of these, and where the network predicts a
         number that is not finite.
@@ -216,6 +217,8 @@ class NoiseScheduler(nn.Module):
             if s == -1:  # a bad number stays bad: one look at the end is enough
                 self._check_finite(xt)
             yield s, xt
+
+    # What only edit_image.ipynb uses, which explains it
 
     def renoise_step(self, xs: Tensor, s: int | Tensor, t: int | Tensor,
                      generator: Generators = None) -> Tensor:
@@ -337,6 +340,8 @@ class NoiseScheduler(nn.Module):
         alpha_bar = self._alpha_bar[-1].item()
         each = (alpha_bar * (x0**2 - 1) - math.log1p(-alpha_bar)) / 2
         return each.flatten(1).mean(dim=1) / math.log(2)
+
+    # What the others share
 
     def _alpha_bar_at(self, t: int | Tensor, like: Tensor, first: int = 0) -> float | Tensor:
         """alpha_bar_t in float64 on the host: a number for an int t, (B, 1, 1, 1) for t (B,).
