@@ -402,8 +402,9 @@ def autoguided(model: Predictor, guide: Predictor, guidance: float) -> Predictor
         ε = ε_guide + w (ε_model - ε_guide)
 
     The guide may be the same network early in its training (autoguidance, Karras et al. 2024, section
-    4) or the same network without its label (classifier-free guidance, Ho and Salimans 2022). It errs
-    in the same direction as `model` and further; where both agree nothing changes.
+    4), which errs in the same direction and further, or the same network without its label
+    (classifier-free guidance, Ho and Salimans 2022), which lacks what the label adds. Where both agree
+    nothing changes.
     guidance: w. 1 is `model` alone; more draws clearer and, in the end, less varied images.
     Raises ValueError below 1.
     """
