@@ -1,7 +1,7 @@
 """The U-Net: a noisy image x_t, its timestep t and perhaps a label -> the noise in x_t.
 
-The simple network stands first; of what follows it needs only `pad` and `zeroed`. The larger one,
-`LargerUnet`, is built by the same call, `U_net(...)`, where an argument is one that only it has.
+The simple network stands first; to compute, it needs only `pad` and `zeroed` of what follows. The larger
+one, `LargerUnet`, is built by the same call, `U_net(...)`, where an argument is one that only it has.
 """
 
 import inspect

@@ -1,7 +1,7 @@
 """The diffusion process: noise schedule, forward process, and one function for each kind of reverse step.
 
 The timestep t = 0 ... T-1 in code is the paper's t = 1 ... T, and t = -1 is the clean image: alpha_bar
-is 1 there, so that the last step is like every other and needs no branch.
+is 1 there, so that Eq. 11 and the others hold for the last step as well.
 
 "Eq." without a name is of Ho, Jain and Abbeel 2020. Three noises: `noise` is the one that was drawn,
 `noise_pred` the one that the network predicts, and each random step adds fresh noise of its own.
@@ -24,7 +24,7 @@ from recorded import recorded
 Predictor = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> predicted noise: a network
 SAMPLERS = ("ddpm", "ddim", "dpm_solver")
 BLOCK = 64  # images whose noise is drawn together; each always gets the same part
-RECORDING_PAYS = 6  # steps of a walk, from which on a GPU it is quicker to record the first ones
+RECORDING_PAYS = 6  # steps of a walk, from which on a GPU records the network once and replays it
 
 
 class NoiseScheduler(nn.Module):
@@ -209,7 +209,7 @@ class NoiseScheduler(nn.Module):
 
     @torch.no_grad()
     def _steps(self, model, xt, timesteps, step, generator, last):
-        if xt.is_cuda and len(timesteps) > RECORDING_PAYS:  # there a small network waits for its launches
+        if xt.is_cuda and len(timesteps) > RECORDING_PAYS:  # a small network waits for its launches there
             model = recorded(model, plain_calls=1)
         for t, s in pairwise(timesteps):
             predict = last if last and s == -1 else model
@@ -431,7 +431,7 @@ def random_stream(*numbers: int, device: str | torch.device = "cpu") -> torch.Ge
 class ImageStreams:
     """The random streams of images of one seed; image i gets the same noise whatever is drawn with it.
 
-    The images share a stream by the 64. Noise is drawn for all 64, and what was not asked for is dropped:
+    64 images share a stream. Noise is drawn for all 64, and what was not asked for is dropped:
     for a thousand images that costs as much as one stream for all of them.
     """
 
@@ -487,7 +487,7 @@ def image_labels(label: str | int | list | None, seed: int, images: range, class
 
 
 def class_number(label: str | int, classes: list[str]) -> int:
-    """The number of a class by its name or, where no class is named by a number, by its own.
+    """The number of a class: by its name, or that number itself where no class is named by a number.
 
     Raises ValueError for a label that is none of `classes`.
     """
