@@ -365,6 +365,17 @@ def test_spacing_moves_the_timesteps_of_a_drawing():
     assert visited == [999, 561, 249, 61]  # 1000 (1 - i / 4)^2 - 1, rounded
 
 
+def test_the_guide_is_not_asked_for_the_last_prediction():
+    model, guide, asked = small_network(), small_network(1), {}
+    for name, network in (("model", model), ("guide", guide)):
+        def forward(x, t, label=None, name=name, forward=network.forward):
+            asked.setdefault(name, []).append(t[0].item())
+            return forward(x, t, label)
+        network.forward = forward
+    draw(model, range(1), 0, 4, guide=guide, guidance=2.0)
+    assert asked == {"model": [999, 749, 499, 249], "guide": [999, 749, 499]}
+
+
 def test_a_guide_that_is_not_there_is_an_error(tmp_path):
     path = tmp_path / "model.pth"
     with pytest.raises(ValueError, match="there is no .*model_guide.pth"):

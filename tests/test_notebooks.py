@@ -104,6 +104,15 @@ def test_the_readmes_first_command_runs_all_notebooks_in_jupyter(tmp_path):
         os.listdir(tmp_path / "edit"))
 
 
+def test_the_last_prediction_of_a_guided_image_is_the_networks_own(trained):
+    names = generate(trained)[1]
+    guided, alone = names["guided"](3), names["model"]
+    for num_steps in (1, 2):
+        ours, theirs = (names["draw"](predict, *names["start"](range(2)), num_steps=num_steps)
+                        for predict in (guided, alone))
+        assert torch.equal(ours, theirs) == (num_steps == 1)
+
+
 def test_a_folder_of_colour_images_with_classes_is_learnt_and_drawn_by_name(tmp_path, capsys):
     for name, colour in (("warm", (220, 60, 20)), ("cold", (20, 60, 220))):
         (tmp_path / "data" / name).mkdir(parents=True)
