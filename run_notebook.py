@@ -78,7 +78,7 @@ def explains_itself(error: Exception) -> bool:
     """Whether this project raised it, with a message that says what to do, and no library or mistake."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     ours = Path(last.filename).resolve().parent == Path(__file__).resolve().parent
-    return ours and last.line.startswith("raise ")
+    return ours and (last.line or "").startswith("raise ")
 
 
 def main() -> None:
