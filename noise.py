@@ -24,7 +24,7 @@ from recorded import recorded
 Predictor = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> predicted noise: a network
 SAMPLERS = ("ddpm", "ddim", "dpm_solver")
 BLOCK = 64  # images whose noise is drawn together; each always gets the same part
-RECORDING_PAYS = 6  # steps of a walk, from which on a GPU records the network once and replays it
+RECORDING_PAYS = 6  # steps: for longer walks a GPU records the network once and replays it
 
 
 class NoiseScheduler(nn.Module):
