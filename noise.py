@@ -218,7 +218,7 @@ class NoiseScheduler(nn.Module):
                 self._check_finite(xt)
             yield s, xt
 
-    # What only edit_image.ipynb uses, which explains it
+    # For edit_image.ipynb alone, which explains it
 
     def renoise_step(self, xs: Tensor, s: int | Tensor, t: int | Tensor,
                      generator: Generators = None) -> Tensor:
