@@ -15,6 +15,8 @@ from typing import BinaryIO
 
 import torch
 
+from machine import memory_is_full
+
 
 def remove_leftovers(folder: Path, pattern: str) -> None:
     """Removes the temporary files of `atomic_file` whose writer was killed: those an hour old or more."""
@@ -103,9 +105,9 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
                 raise zipfile.BadZipFile
             file.seek(0)
             state = torch.load(file, map_location=device, weights_only=True)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # whatever the reader stumbled on: in a file of random bytes that can be anything
+            if memory_is_full(error):
+                raise
             raise ValueError(f"{path}: refused, it is damaged or holds more than tensors and plain values") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}; a checkpoint is a dictionary")

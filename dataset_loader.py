@@ -5,13 +5,14 @@ import math
 import os
 import sys
 import zlib
+from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
@@ -27,15 +28,27 @@ def to_image(x: Tensor) -> Tensor:
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def image_grid(x: Tensor, columns: int, scale: int = 2) -> Image.Image:
+def image_grid(x: Tensor, columns: int, scale: int = 2,
+               names: Sequence[str] = ()) -> Image.Image:
     """One picture of a batch x (B, C, H, W) in [-1, 1], row by row.
 
-    Each pixel is drawn as a square of `scale` x `scale` pixels.
+    Each pixel is drawn as a square of `scale` x `scale` pixels. names: of the images,
+    which are written below them.
     """
-    grid = make_grid(to_image(x.cpu()), nrow=columns, pad_value=128)
+    height, width = x.shape[-2:]
+    below = 10 if names else 0
+    tiles = transforms.pad(to_image(x.cpu()), [0, 0, 0, below], fill=128)
+    grid = make_grid(tiles, nrow=columns, pad_value=128)
     picture = transforms.to_pil_image(grid)
     size = (picture.width * scale, picture.height * scale)
-    return picture.resize(size, Image.Resampling.NEAREST)
+    picture = picture.resize(size, Image.Resampling.NEAREST)
+    pen = ImageDraw.Draw(picture)
+    for i, name in enumerate(names):
+        row, column = divmod(i, columns)  # make_grid puts 2 pixels between the tiles
+        middle = 1 + (column + 0.5) * (width + 2), row * (height + below + 2) + height + 6
+        pen.text([scale * at for at in middle], name, "white", anchor="mm",
+                 font_size=scale * min(9, 1.7 * width / len(name)))
+    return picture
 
 
 def show_table(rows: list[list[Tensor]], row_names: list[str],
@@ -185,7 +198,8 @@ class ImageDataset(Dataset):
     data[i] -> (C, H, W) float32; data[slice] and data[tensor of B indices] ->
     (B, C, H, W), in one operation.
     Raises FileNotFoundError where the path or images in it are missing; ValueError for
-    a bad value, a damaged IDX file, missing labels, or fewer than two usable images.
+    a bad value, a damaged IDX file, missing labels, or a folder with fewer
+        than two usable images.
     """
 
     def __init__(self, path: str | os.PathLike, image_size: int | tuple[int, int] = 28,

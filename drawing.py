@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from dataset_loader import image_grid, to_image
 from machine import enough_memory, hold_signals
 
-AT_ONCE = 100  # images
+AT_ONCE, FEW = 100, 30  # images: drawn together; with their names below them
 
 
 def figures_folder(output_dir: str | os.PathLike) -> Path:
@@ -25,10 +25,12 @@ def figures_folder(output_dir: str | os.PathLike) -> Path:
 
 
 def draw_files(draw: Callable[[range], Tensor], images: range,
-               output_dir: str | os.PathLike) -> Image.Image:
+               output_dir: str | os.PathLike,
+               names: Sequence[str] = ()) -> Image.Image:
     """Draws images, a hundred at a time, and writes image i as x_i.png into output_dir.
 
-    draw(numbers): the images of these numbers, (B, C, H, W) in about [-1, 1].
+    draw(numbers): the images of these numbers, (B, C, H, W) in about [-1, 1]. names:
+    what they are to show; it is written below them where they are few.
     Returns one picture of the first hundred, which is also grid.png in the
     `figures_folder`. Ctrl-C, Jupyter's Stop, SIGTERM and SIGHUP end it after the images
     at hand; what is drawn stays, and a line says how to go on.
@@ -52,7 +54,8 @@ def draw_files(draw: Callable[[range], Tensor], images: range,
                           f"first_image={i}, num_images={images.stop - i}")
                     raise
             if first == images.start:
-                grid = image_grid(x0, columns=round(len(x0)**0.5))
+                grid = image_grid(x0, columns=round(len(x0)**0.5),
+                                  names=names if len(images) <= FEW else ())
                 grid.save(figures / "grid.png")
             bar.update(len(batch))
             if stopped():

@@ -396,7 +396,7 @@ def cache_file(folder: Path, listing: FolderListing, settings: PixelSettings,
         with suppress(OSError):  # a broken link
             stat = os.stat(os.path.join(folder, name))
             states.append((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    source = (VERSION, os.path.realpath(folder), settings, max_images)
+    source = (VERSION, FORMATS, os.path.realpath(folder), settings, max_images)
     parts = [json.dumps(part).encode()
              for part in (source, (states, listing.images, listing.hidden))]
     name = "-".join(hashlib.blake2b(part, digest_size=12).hexdigest() for part in parts)

@@ -41,7 +41,8 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def bf16_is_native(device: str) -> bool:
-    """Whether the device has instructions for bf16: without them, bf16 can be ten times slower."""
+    """Whether the device has instructions for bf16 (of processors, only x86 ones are asked): without them,
+    bf16 can be ten times slower."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device == "cpu":
@@ -67,7 +68,8 @@ def hold_signals() -> Iterator[Callable[[], bool]]:
     """Within the block the first Ctrl-C (or Jupyter's Stop), SIGTERM or SIGHUP only raises a flag.
 
     Yields a function that says whether one has come, so that a loop can finish its step, save, and stop.
-    A second one acts as always. Outside the main thread, where Python cannot hold them, all act as always.
+    A second one acts as always. One that is ignored, as nohup does with SIGHUP, stays so. Outside the main
+    thread, where Python cannot hold them, all act as always.
     """
     came, before = [], {}
 
@@ -79,13 +81,21 @@ def hold_signals() -> Iterator[Callable[[], bool]]:
         came.append(True)
         release()
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
-        if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
-            before[getattr(signal, name)] = signal.signal(getattr(signal, name), note)
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
     try:
         yield lambda: bool(came)
     finally:
         release()
+
+
+def memory_is_full(error: Exception) -> bool:
+    """Whether an error says that a memory is full, of the processor (on Linux, on Windows) or of a GPU."""
+    said = "out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED"
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
 @contextmanager
@@ -95,8 +105,7 @@ def enough_memory(name: str, at_once: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
-        full = "out of memory" in str(error) or "allocate memory" in str(error)
-        if isinstance(error, RuntimeError) and not full or at_once == 1:
+        if not memory_is_full(error) or at_once == 1:
             raise
         raise MemoryError(f"{at_once} images at once do not fit in the memory; set {name} below "
                           f"{at_once}") from error

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import load_checkpoint
+from machine import memory_is_full
 
 
 def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
@@ -162,6 +163,9 @@ class U_net(nn.Module):
         if not num_classes:
             raise ValueError("label: this network was built without classes; pass None, or build it "
                              "with num_classes")
+        if not isinstance(label, Tensor):
+            raise ValueError(f"label {label!r}: must be a tensor of ({len(x)},) and torch.int64, one number "
+                             "for each image of x")
         if label.shape != t.shape or label.dtype != torch.int64:
             raise ValueError(f"label of shape {tuple(label.shape)} and type {label.dtype}: must be "
                              f"({len(x)},) and torch.int64, one number for each image of x")
@@ -200,9 +204,9 @@ class U_net(nn.Module):
             model = cls(device, **{name: value for name, value in network.items()
                                    if name not in defaults or value != defaults[name]})
             model.load_state_dict(state)
-        except torch.OutOfMemoryError:
-            raise
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            if memory_is_full(error):
+                raise
             raise ValueError(f"{path}: not a checkpoint of this U_net; pass a model that train.ipynb "
                              "wrote") from error
         return model

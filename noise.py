@@ -135,7 +135,7 @@ class NoiseScheduler(nn.Module):
         alpha_bar_t, alpha_bar_s = self._alpha_bars(t, s, xt)
         x0 = self.implied_x0(xt, noise_pred, t)
         sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s))**0.5
-        back = (1 - alpha_bar_s - sigma**2)**0.5  # with the fresh noise it has the variance 1 - ᾱ_s
+        back = abs(1 - alpha_bar_s - sigma**2)**0.5  # with the fresh noise it has the variance 1 - ᾱ_s
         signal, back, sigma = self._on(xt, alpha_bar_s**0.5, back, sigma)
         xs = signal * x0 + back * noise_pred
         if eta > 0:
@@ -356,7 +356,7 @@ class NoiseScheduler(nn.Module):
         return self._alpha_bar[t + 1].view(-1, *[1] * (like.ndim - 1))
 
     def _alpha_bars(self, t: int | Tensor, s: int | Tensor, like: Tensor) -> tuple:
-        if not isinstance(t, Tensor) and s >= t:
+        if not (isinstance(t, Tensor) or isinstance(s, Tensor)) and s >= t:
             raise ValueError(f"a step from timestep {t} to {s}: must go to an earlier one")
         return self._alpha_bar_at(t, like), self._alpha_bar_at(s, like, first=-1)
 
@@ -422,7 +422,8 @@ def autoguided(model: Predictor, guide: Predictor, guidance: float) -> Predictor
 def random_stream(*numbers: int, device: str | torch.device = "cpu") -> torch.Generator:
     """A random stream for a row of numbers in 0 ... 2^32 - 1, such as (seed, step).
 
-    Different rows of one length give different streams.
+    Different rows of one length give different streams (torch keeps 32 bits on the CPU, so that of 100,000
+    one or two may share theirs).
     """
     (state,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(state))
@@ -561,5 +562,6 @@ def discretised_gaussian(x0: Tensor, mean: Tensor, sigma: float) -> Tensor:
     upper = torch.where(x0 > 1 - 1 / 255, math.inf, x0 + 1 / 255 - mean) / sigma
     right = lower > -upper  # there both integrals round to 1, so mirror it
     lower, upper = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
-    lower, upper = torch.special.log_ndtr(lower), torch.special.log_ndtr(upper)
+    lower, upper = (torch.special.log_ndtr(x.cpu()).to(x.device)  # Apple's GPUs lack it
+                    for x in (lower, upper))
     return upper + torch.log(-torch.expm1(lower - upper))

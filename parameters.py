@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from machine import PRECISIONS
@@ -130,6 +131,8 @@ def take_label(value: str | int | list | None) -> str | int | list | None:
     if isinstance(value, str) and value.strip()[:1] + value.strip()[-1:] == "[]":
         names = re.findall(r"""\s*('[^']*'|"[^"]*"|[^,]+)""", value.strip()[1:-1])
         value = [name.strip(" '\"") for name in names if name.strip()]
+    if isinstance(value, (list, tuple)):
+        value = [name.item() if isinstance(name, np.generic) else name for name in value]
     names = value if isinstance(value, (list, tuple)) and len(value) else [value]
     if value is not None and any(isinstance(name, bool) or not isinstance(name, (str, int))
                                  for name in names):

@@ -1,11 +1,28 @@
-"""A function of tensors recorded once as a CUDA graph and replayed, so that a thousand launches become one."""
+"""A function of tensors made fast on a GPU: compiled, or recorded once as a CUDA graph and replayed, so that
+a thousand launches become one."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 Function = Callable[..., Tensor]  # of tensors, or None, of always the same shapes
+
+
+def compiled(function: Function) -> Function:
+    """The function by torch.compile. What cannot be compiled stays plain, with a line that says why."""
+    quick = torch.compile(function, dynamic=False)
+
+    def run(*given: Tensor | None) -> Tensor:
+        nonlocal quick
+        try:
+            return quick(*given)
+        except TorchDynamoException as error:  # no compiler for this GPU or system, for instance
+            print(f"not compiled, which is slower: {' '.join(str(error).splitlines()[:2])}")
+            quick = function
+            return quick(*given)
+    return run
 
 
 def recorded(function: Function, plain_calls: int = 3) -> Function:

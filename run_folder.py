@@ -41,8 +41,8 @@ class RunFolder:
         try:
             self.lock.acquire()
         except Timeout:
-            raise ValueError(f"save_dir {self.path}: another run is writing there; choose another folder, or "
-                             "end that run") from None
+            raise ValueError(f"save_dir {self.path}: another run is writing there, or an open notebook holds it; "
+                             "choose another folder, or end that run") from None
         except (NotImplementedError, OSError) as error:
             if getattr(error, "errno", None) not in NO_LOCKS:
                 raise

@@ -4,7 +4,8 @@ loop itself are in train.ipynb; what a step does to the weights is in training_s
 What is equal to what: timesteps, noise and the order of the images are a function of (seed, step), drawn
 for the whole batch. On one device a run that was stopped and resumed is bit for bit the one that never
 stopped. N processes and parts of batches (`micro_batch_size`) compute the same sums in another order,
-equal to rounding. Another kind of device, or another precision, draws other numbers.
+equal to rounding; so may a GPU that compiles the loss. Another kind of device, or another precision,
+draws other numbers.
 """
 
 import hashlib
@@ -28,13 +29,14 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm.auto import tqdm
 
 from checkpoint import load_checkpoint, save_checkpoint
+from dataset_loader import is_whole
 from machine import autocast, hold_signals, rank_and_world
 from noise import random_stream
 from run_folder import RunFolder, strip_of
 from training_step import Loss, TrainingStep
 
 ORDER, DRAWS = 0, 1  # which random stream of a seed: the order of the images, or what a step draws
-SAVE_SECONDS = 120  # between two writes of the state
+SAVE_SECONDS, SAVE_SHARE = 120, 0.01  # between two writes of the state; of the time, where a write takes long
 FIRST_PREVIEW, PREVIEW_SHARE = 10, 0.04  # seconds; of the time that training takes
 YOUNGEST_GUIDE = 50  # steps: a younger average is nearly noise, and pushing away from it ruins a picture
 LOG_SECONDS = 30  # between two lines of progress in a file
@@ -77,7 +79,8 @@ class Run:
     in a long run), `preview.png` and `loss.png` go.
     resume: True goes on with the run in save_dir, False begins a new one and sets the old files aside,
     "auto" goes on where there is a run and begins where there is none.
-    initial_weights: a checkpoint of the same network to start from.
+    initial_weights: a checkpoint of the same network to start from. Its guide goes along where it was
+    trained on the same images; else the run keeps one of its own.
     precision: see `autocast`. decay: what the average keeps of itself in a step, at most.
 
     `average` is the averaged network, `losses` the loss of every step, `rng` the random stream of a step.
@@ -123,7 +126,7 @@ class Run:
             self._load()
         elif self.rank == 0:
             self.folder.set_old_files_aside()
-            if initial_weights is not None:
+            if self.guide_steps is None:
                 self.folder.copy_guide_of(initial_weights)
         self.rng = torch.Generator(self.device)
         self._pending, self._meet_at = [], 0
@@ -160,7 +163,8 @@ class Run:
         at most 5 % of the time, and at the end.
         Ctrl-C, Jupyter's Stop, SIGTERM and SIGHUP end the loop after the step at hand, with all saved.
         """
-        self._clock = self._saved_at = time.perf_counter()
+        self._clock = time.perf_counter()
+        self._save_at = self._clock + SAVE_SECONDS
         self._preview_at, self._picture = FIRST_PREVIEW, DisplayHandle()
         if get_ipython() and preview:
             self._picture.display("The first preview will be here within a minute.")
@@ -231,18 +235,19 @@ class Run:
     def _meet(self, stopped: bool, preview: Callable | None, bar: tqdm) -> bool:
         """Reads the losses since the last time, on all processes at once, and does what is due by the clock
         of the first; returns whether the run is to stop."""
-        values = torch.stack(self._pending)  # (steps, 2): here the host waits for the device
+        values = torch.stack(self._pending)  # (steps, 2)
+        norms = values[:, 1].tolist()  # here the host waits for the device
         now, count = time.perf_counter(), len(values)
         due = [0.0] * 3
         if self.rank == 0:
             due = [float(max(1, min(500, int(count * READ_SECONDS / (now - self._clock))))),
-                   float(now - self._saved_at > SAVE_SECONDS), float(self.seconds >= self._preview_at)]
+                   float(now > self._save_at), float(self.seconds >= self._preview_at)]
         message = torch.cat([values[:, 0] / self.world, values.new_tensor([float(stopped), *due])])
         if self.world > 1:
             dist.all_reduce(message)
         *losses, stops, interval, saves, shows = message.tolist()
         self._pending.clear()
-        self._check_losses(losses, values[:, 1].tolist())
+        self._check_losses(losses, norms)
         self.losses += losses
         now = time.perf_counter()
         self.seconds, self._clock = self.seconds + now - self._clock, now
@@ -297,7 +302,8 @@ class Run:
     # The files
 
     def _start_from(self, path: Path) -> None:
-        """Loads initial weights; their guide goes along, since this run's own would be no early network."""
+        """Loads initial weights. On the same images their guide goes along (guide_steps None), since this
+        run's own would be no early network."""
         if path.resolve() == self.folder.model.resolve():
             raise ValueError(f"initial_weights {path}: this run would write over it; choose another "
                              "save_dir")
@@ -311,9 +317,14 @@ class Run:
         if theirs != metadata.get("noise_schedule"):
             raise ValueError(f"noise_schedule: {path} has {theirs}, this run has "
                              f"{metadata.get('noise_schedule')}; set num_timesteps to the checkpoint's")
+        classes = self.model.metadata.get("classes", [])
+        if classes != metadata.get("classes", []):
+            print(f"{path} was trained on the classes {', '.join(classes)}; here they begin as "
+                  f"{', '.join(metadata.get('classes', []))}")
         self.earlier = self.model.metadata.get("training")
         self.model.metadata = metadata
-        self.guide_steps = None
+        if (self.earlier or {}).get("pixels") == self.settings["pixels"]:
+            self.guide_steps = None
 
     def _goes_on(self, resume: bool | str) -> bool:
         """Whether to go on with the run in save_dir: where asked to, or where torchrun restarted the
@@ -324,7 +335,7 @@ class Run:
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         exists = self.folder.state.exists()
         ours = exists and restarted and load_checkpoint(self.folder.state).get("job") == self.job
-        goes_on = resume is True or (resume == "auto" and exists) or ours
+        goes_on = (exists if resume == "auto" else bool(resume)) or ours
         if self.world == 1:
             return goes_on
         flag = torch.tensor(float(goes_on and self.rank == 0), device=self.device)
@@ -347,6 +358,7 @@ class Run:
 
     def _save(self) -> None:
         """Writes the state, from which resume goes on, and then the averaged weights made of it."""
+        start = time.perf_counter()
         if self.rank == 0:
             state = {"settings": self.settings | self._described(), "losses": torch.tensor(self.losses),
                      "seconds": self.seconds, "earlier": self.earlier, "job": self.job,
@@ -356,7 +368,8 @@ class Run:
             save_checkpoint(state | parts, self.folder.state)
             self._save_average(self.folder.model)
             self.folder.write_figure("loss.png", self.plot_losses)
-        self._saved_at = time.perf_counter()
+        now = time.perf_counter()
+        self._save_at = now + max(SAVE_SECONDS, (now - start) / SAVE_SHARE)
 
     def _save_average(self, path: Path) -> None:
         self.average.metadata = self.model.metadata | {
@@ -369,7 +382,7 @@ class Run:
 
 def whole_number(name: str, value: Integral, least: int) -> int:
     """The value as Python's own int, perhaps of numpy's. Raises ValueError for anything else."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+    if not is_whole(value, least):
         raise ValueError(f"{name} {value!r}: must be a whole number of at least {least}")
     return int(value)
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from machine import enough_memory, rank_and_world
-from recorded import recorded
+from recorded import compiled, recorded
 
 # Seconds on an H200: what torch.compile takes, and what it saves in a step and in that step's pixels
 COMPILE_SECONDS, SAVED_BY_STEP, SAVED_BY_PIXEL = 45, 1e-3, 1e-8
@@ -48,7 +48,6 @@ class TrainingStep:
         lr = torch.tensor(learning_rate, device=self.device)  # a tensor: a recorded step sees it change
         self.optimizer = torch.optim.AdamW(model.parameters(), lr, fused=True,
                                            capturable=self.device == "cuda")
-        self.optimizer.grad_scale = None
         self.lr_schedule = LambdaLR(self.optimizer, self._lr_factor)
 
     def _lr_factor(self, step: int) -> float:
@@ -72,7 +71,7 @@ class TrainingStep:
         """Takes one step; returns the loss of this process's share and the gradient's norm, (2,).
 
         loss_of, batch: as for `Run.step`, the images first. Where the gradient is not finite nothing
-        changes.
+        changes (but on Apple's GPUs, whose AdamW knows no `found_inf`).
         """
         share = len(batch[0]) // self.world
         mine = slice(self.rank * share, (self.rank + 1) * share)
@@ -116,7 +115,7 @@ class TrainingStep:
             saved = self.total_steps * (SAVED_BY_STEP + SAVED_BY_PIXEL * pixels)
             compiles = saved >= COMPILE_SECONDS  # by the whole run, so that a resumed one decides the same
             if compiles:
-                loss_of = torch.compile(loss_of, dynamic=False)
+                loss_of = compiled(loss_of)
             print(f"the loss is {'compiled first' if compiles else 'not compiled'}, which takes about "
                   f"{COMPILE_SECONDS} seconds and saves about {saved:.0f} in a run of this length")
         self._over_processes = None

@@ -83,6 +83,10 @@ def load_model(args: argparse.Namespace) -> U_net:
         raise ValueError(f"{args.model}: draws {channels} channel(s) at image_size "
                          f"{size}; the benchmarks compare with MNIST, so train a "
                          "network of 1 channel at 28")
+    classes = model.metadata.get("classes", [])
+    if classes and classes != [str(digit) for digit in range(10)]:
+        raise ValueError(f"{args.model}: knows the classes {', '.join(classes)}; the "
+                         "benchmarks compare with MNIST's, 0 ... 9")
     if args.precision == "auto":
         args.precision = "bf16" if bf16_is_native(device) else "fp32"
     if getattr(args, "guidance", 1) is None:

@@ -315,12 +315,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--repetitions", type=int, default=9)
     args = parser.parse_args()
+    if device != "cpu":
+        raise SystemExit(f"speed.py measures a CPU, and this is {device}: take speed_gpu.py,"
+                         " or hide the GPU (CUDA_VISIBLE_DEVICES=)")
     what = mnist("train"), args.batch_size, args.repetitions
     text = [*training_table(*what), *sampling_table(args.repetitions),
-            *peers_table(*what), *scaling(*what)]
-    if device == "cpu":
-        text += two_processes(args.batch_size)
-    text += parity(mnist("train"), args.batch_size)
+            *peers_table(*what), *scaling(*what), *two_processes(args.batch_size),
+            *parity(mnist("train"), args.batch_size)]
     write_page("speed", args, text, "; the simple network at 28 x 28.")
 
 

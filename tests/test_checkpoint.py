@@ -96,12 +96,15 @@ def test_damaged_missing_and_foreign_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("load", [load_checkpoint, U_net.from_checkpoint])
-def test_a_file_that_does_not_fit_in_memory_is_not_called_damaged(monkeypatch, load):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), RuntimeError(
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")])
+def test_a_file_that_does_not_fit_in_memory_is_not_called_damaged(monkeypatch, load, error):
     def full(*_, **__):
-        raise torch.OutOfMemoryError("out of memory")
+        raise error
     monkeypatch.setattr("torch.load" if load is load_checkpoint else "model.U_net.load_state_dict", full)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error), match="memory") as raised:
         load(SHIPPED)
+    assert raised.value is error
 
 
 def test_a_value_that_could_not_be_read_again_is_not_written(tmp_path):
@@ -243,10 +246,10 @@ def test_a_shipped_checkpoint_draws_the_same_pictures_in_bf16(name, sampler):
     model = U_net.from_checkpoint(SHIPPED.with_stem(name)).to(memory_format=torch.channels_last).eval()
 
     def draw(bf16):
-        generators = image_generators(0, range(16))
-        noise = gaussian_noise(torch.empty(16, 1, 28, 28), generators)
+        generators = image_generators(0, range(4))
+        noise = gaussian_noise(torch.empty(4, 1, 28, 28), generators)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            *_, (_, x0) = NoiseScheduler().denoise(model, noise, 20, sampler, generators)
+            *_, (_, x0) = NoiseScheduler().denoise(model, noise, 10, sampler, generators)
         return x0.clamp(-1, 1)
     fp32, bf16 = draw(False), draw(True)
     assert not torch.equal(fp32, bf16)

@@ -218,6 +218,7 @@ def test_a_label_is_added_to_the_embedding_of_the_time_and_none_is_the_last_row(
     (3, torch.tensor([-1, 0]), "label -1: must be in"),
     (3, torch.tensor([0]), r"label of shape \(1,\) and type torch.int64: must be \(2,\)"),
     (3, torch.tensor([0.0, 1.0]), "type torch.float32"),
+    (3, 2, "label 2: must be a tensor"), (3, [1, 2], r"label \[1, 2\]: must be a tensor"),
     (0, torch.tensor([0, 0]), "label: this network was built without classes")])
 def test_a_bad_label_is_refused(num_classes, label, message):
     with pytest.raises(ValueError, match=message):

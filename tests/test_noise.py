@@ -142,6 +142,21 @@ def test_more_fresh_noise_than_the_ancestral_steps_is_refused(scheduler, eta):
         scheduler.ddim_step(xt, xt, 10, 5, eta=eta)
 
 
+def test_a_step_between_timesteps_far_apart_has_no_complex_coefficient():
+    """1 - ᾱ_s - σ² is about zero where hardly anything of the image is left, and rounds to less."""
+    scheduler, xt = NoiseScheduler(1000, 1e-4, 0.1), torch.ones(2, 1, 2, 2)
+    for t, s in ((757, 3), (torch.tensor([757, 757]), torch.tensor([3, 3]))):
+        xs = scheduler.ddim_step(xt, xt, t, s, eta=1.0, generator=rng(0))
+        assert xs.dtype == torch.float32 and xs.isfinite().all()
+
+
+def test_the_timesteps_of_a_step_may_be_of_two_kinds(scheduler):
+    xt, noise_pred = torch.randn(2, 2, 1, 8, 8)
+    mixed = scheduler.ddpm_step(xt, noise_pred, 500, torch.tensor([100, 200]), rng(0))
+    alike = scheduler.ddpm_step(xt, noise_pred, torch.tensor([500, 500]), torch.tensor([100, 200]), rng(0))
+    torch.testing.assert_close(mixed, alike)
+
+
 def test_ddim_with_eta_1_over_all_steps_is_the_ancestral_step(scheduler):
     xt, noise_pred = torch.randn(2, 1, 8, 8, generator=rng()).double(), torch.randn(2, 1, 8, 8, generator=rng(1)).double()
     for t in range(1000):

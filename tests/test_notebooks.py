@@ -19,6 +19,7 @@ import run_notebook
 from checkpoint import load_checkpoint, save_checkpoint
 from dataset_loader import read_idx
 from model import U_net
+from training import Run
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -167,6 +168,25 @@ def test_the_loss_is_the_papers_weighted_by_the_signal_to_noise_ratio(trained):
     torch.testing.assert_close(names["loss_of"](x0, noise, t, label), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_about_15_percent_of_the_labels_are_left_out_as_seed_and_step_say(tmp_path, monkeypatch):
+    seen = []
+
+    def step(run, loss_of, x0, noise, t, label):  # one that only looks
+        seen.append(label)
+        run.training_step.steps += 1
+        run._pending.append(torch.ones(2))
+    monkeypatch.setattr(Run, "step", step)
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        train(tmp_path / name, num_epochs=20, seed=seed)
+    first, again, other = torch.cat(seen).view(3, 20, 256)
+    assert torch.equal(first, again) and not torch.equal(first == 10, other == 10)
+    share = (first == 10).float().mean(dim=1)
+    assert 0.13 < share.mean() < 0.17 and share.std() > 0  # 0.005 is chance
+    told = torch.bincount(first[first < 10], minlength=10) / (0.85 * 20)
+    there = torch.bincount(read_idx(MNIST.replace("images-idx3", "labels-idx1"))[:256].long(), minlength=10)
+    assert (told - there).abs().max() < 4
+
+
 def test_a_run_without_labels_knows_no_label(tmp_path):
     train(tmp_path, labels=False)
     model = U_net.from_checkpoint(tmp_path / "run" / "model.pth")
@@ -198,7 +218,7 @@ def test_guidance_is_what_the_checkpoint_proposes_and_grows(trained, tmp_path, c
     alone = pixels(out)
     moved = [abs(pixels(generate(tmp_path, guidance=w)[0]) - alone).mean() for w in (1.1, 1.3)]
     assert 0 < moved[0] < moved[1]
-    assert "guidance 1.3 by the network itself" in capsys.readouterr().out
+    assert "guidance 1.3, guide: without label" in capsys.readouterr().out
 
 
 def test_guidance_without_a_guide_is_refused(tmp_path):

@@ -92,7 +92,7 @@ def test_a_bad_value_of_drawing_is_named_with_what_is_expected(name, given, expe
 
 def test_labels_and_guidance_as_typed():
     for given, value in (("[3, 1, 4]", ["3", "1", "4"]), ("[cat, 'a-b, c', 1st]", ["cat", "a-b, c", "1st"]), ("cat", "cat"), ("7", "7"),
-                         (np.array([3, 1]), [3, 1]), (None, None), ("none", "none"), ("true", "true")):
+                         (np.array([3, 1]), [3, 1]), ([np.int64(3), 1], [3, 1]), (None, None), ("none", "none"), ("true", "true")):
         assert taken("label", given, DRAWING) == value  # text is the name of a class
     assert taken("guidance", "1.75", DRAWING) == 1.75 and taken("guidance", None, DRAWING) is None
 

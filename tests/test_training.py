@@ -7,6 +7,8 @@ import os
 import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,13 +20,14 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 import machine
+import recorded as recorded_module
 import training
 import training_step
 from checkpoint import load_checkpoint, save_checkpoint
 from dataset_loader import ImageDataset
 from machine import autocast, hold_signals
 from model import U_net
-from recorded import recorded
+from recorded import compiled, recorded
 from training import Run, shuffled_epochs
 
 IMAGES, CLASSES = 40, 2
@@ -181,8 +184,11 @@ def test_a_loss_that_grows_out_of_bounds_ends_the_run_and_keeps_the_last_good_fi
     assert run_in(tmp_path, resume=True, num_epochs=400).steps == 10
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(
-    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")])
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes"),  # on Windows
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
 def test_a_full_memory_says_what_to_lower(tmp_path, error):
     run = run_in(tmp_path, micro_batch_size=4)
 
@@ -340,6 +346,18 @@ def test_the_first_signal_waits_and_the_second_acts(name):
         signal.signal(number, before)
 
 
+def test_a_signal_that_is_ignored_stays_so():
+    """As SIGHUP under nohup: a lost connection must not stop the run."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with hold_signals() as stopped:
+            signal.raise_signal(signal.SIGTERM)
+            assert not stopped()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_signals_that_a_system_lacks_or_that_are_not_of_python_are_left_out(monkeypatch):
     """As on Windows, which has no SIGHUP; and in a program whose handler is written in C."""
     monkeypatch.delattr(signal, "SIGHUP", raising=False)
@@ -455,7 +473,7 @@ def test_a_disk_without_locks_is_said_and_one_that_cannot_be_written_ends_it(tmp
 def test_no_module_uses_what_one_system_alone_has():
     """Attributes of `os` and `signal`: those of the list exist on Windows as well."""
     everywhere = {"environ", "chdir", "path", "PathLike", "name", "sep", "replace", "open", "close", "fsync", "devnull",
-                  "walk", "stat", "makedirs", "O_RDONLY", "signal", "SIG_DFL", "getcwd", "fspath"}
+                  "walk", "stat", "makedirs", "O_RDONLY", "signal", "SIG_DFL", "SIG_IGN", "getsignal", "getcwd", "fspath"}
     used = set()
     for path in Path(training.__file__).parent.glob("*.py"):
         text = path.read_text(encoding="utf-8")
@@ -484,9 +502,10 @@ class Clock:
 
 
 def test_state_is_saved_by_the_clock_and_previews_take_a_twentieth_of_the_time(tmp_path, monkeypatch):
-    clock, saves, shows = Clock(monkeypatch), [], []
-    run = run_in(tmp_path, num_epochs=800)  # 4000 steps of a second
-    monkeypatch.setattr(run, "_save", lambda: (saves.append(clock.now), setattr(run, "_saved_at", clock.now)))
+    clock, saves, shows = Clock(monkeypatch, step=5.0), [], []
+    run = run_in(tmp_path, num_epochs=160)  # 800 steps, 4000 seconds
+    monkeypatch.setattr(training, "save_checkpoint", lambda state, path: saves.append(clock.now))
+    monkeypatch.setattr(run, "plot_losses", plt.figure)  # which is quicker
 
     def preview():
         shows.append(clock.now)
@@ -494,10 +513,22 @@ def test_state_is_saved_by_the_clock_and_previews_take_a_twentieth_of_the_time(t
         return Image.new("L", (8, 8))
     train(run, preview=preview, each=clock.tick)
     gaps = [b - a for a, b in zip([0, *saves], saves)]
-    assert max(gaps) <= 300 and len(saves) <= 4000 / 100
+    assert max(gaps) <= 300 and len(saves) <= 2 * 4000 / 100
     assert shows[0] <= 60 and len(shows) >= 5
     assert all(5 * i <= 0.05 * at for i, at in enumerate(shows[1:], start=1))
     assert (tmp_path / "preview.png").exists()
+
+
+def test_files_on_a_slow_disk_are_written_less_often(tmp_path, monkeypatch):
+    clock, writes = Clock(monkeypatch, step=20.0), []
+
+    def write(state, path):
+        writes.append(clock.now)
+        clock.now += 10
+    run = run_in(tmp_path, num_epochs=100)  # 500 steps, 10,000 seconds
+    monkeypatch.setattr(training, "save_checkpoint", write)
+    train(run, each=clock.tick)
+    assert 4 <= len(writes) and 10 * len(writes) <= 0.02 * clock.now + 40  # 40: at the end, and of the guide
 
 
 def test_the_strip_of_previews_grows_on_in_a_resumed_run(tmp_path, monkeypatch):
@@ -548,7 +579,7 @@ def test_a_run_that_grows_long_when_its_sixteenth_is_past_keeps_no_guide(tmp_pat
     assert U_net.from_checkpoint(tmp_path / "model.pth").metadata["guidance"] == 1
 
 
-def test_a_run_starts_from_initial_weights_and_takes_their_guide_along(tmp_path):
+def test_a_run_starts_from_initial_weights_and_takes_their_guide_along(tmp_path, capsys):
     start = tmp_path / "start.pth"
     first = train(run_in(tmp_path / "first"))
     save_checkpoint(first.average.state_dict(), start)
@@ -562,8 +593,23 @@ def test_a_run_starts_from_initial_weights_and_takes_their_guide_along(tmp_path)
     (tmp_path / "start_guide.pth").write_bytes(start.read_bytes())
     train(run_in(tmp_path / "third", initial_weights=start))
     assert (tmp_path / "third" / "model_guide.pth").read_bytes() == start.read_bytes()
+    assert "classes" not in capsys.readouterr().out
     start.unlink()  # its state is all that the run needs now
     assert run_in(tmp_path / "third", initial_weights=start, resume=True).steps == 10
+
+
+def test_initial_weights_of_other_images_leave_their_guide_behind(tmp_path, capsys):
+    start, old_guide = tmp_path / "start.pth", tmp_path / "start_guide.pth"
+    save_checkpoint(train(run_in(tmp_path / "first")).average.state_dict(), start)
+    old_guide.write_bytes(start.read_bytes())
+    others = {"data": Data(seed=1), "metadata": {"classes": ["1", "2"]}, "initial_weights": start}
+    train(run_in(tmp_path / "short", **others))
+    assert "was trained on the classes 0, 1; here they begin as 1, 2" in capsys.readouterr().out
+    assert not (tmp_path / "short" / "model_guide.pth").exists()
+    assert U_net.from_checkpoint(tmp_path / "short" / "model.pth").metadata["guidance"] == 1
+    train(run_in(tmp_path / "long", num_epochs=160, **others))  # long enough for a guide of its own
+    guide = U_net.from_checkpoint(tmp_path / "long" / "model_guide.pth")
+    assert guide.metadata["training"]["steps"] == 50
 
 
 def test_initial_weights_of_something_else_are_refused(tmp_path):
@@ -647,6 +693,36 @@ def test_on_a_gpu_a_resumed_run_is_the_one_that_never_stopped(cuda, tmp_path):
     whole = losses_on_gpu(tmp_path / "whole")
     first = losses_on_gpu(tmp_path / "stopped", until=11)
     assert len(first) == 11 and losses_on_gpu(tmp_path / "stopped", resume=True) == whole
+
+
+def test_what_cannot_be_compiled_stays_plain(monkeypatch, capsys):
+    def broken(graph, inputs):
+        raise OSError("no compiler here")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    x, twice = torch.randn(3), compiled(lambda x: 2 * x)
+    assert torch.equal(twice(x), 2 * x) and torch.equal(twice(x + 1), 2 * x + 2)
+    said = capsys.readouterr().out
+    assert said.count("not compiled") == 1 and "no compiler here" in said
+
+
+@pytest.mark.parametrize("possible", [True, False])
+def test_a_function_is_plain_at_first_then_recorded_where_possible(monkeypatch, capsys, possible):
+    """The streams and the graph of a GPU are stood in for."""
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    def record(function, *given):
+        if not possible:
+            raise RuntimeError("cannot be captured\nmore")
+        return lambda x: -function(x)  # another than the plain one
+    for name, value in (("Stream", Stream), ("current_stream", Stream), ("stream", lambda it: nullcontext())):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(recorded_module, "record", record)
+    square = recorded(lambda x: x * x, plain_calls=2)
+    assert [square(x) for x in (1, 2, 3, 4)] == ([1, 4, -9, -16] if possible else [1, 4, 9, 16])
+    said = capsys.readouterr().out
+    assert said.count("not recorded as a CUDA graph, which is slower: cannot be captured\n") == (not possible)
 
 
 def test_a_step_that_cannot_be_recorded_stays_plain(cuda, capsys):
