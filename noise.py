@@ -24,7 +24,8 @@ from recorded import recorded
 Predictor = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> predicted noise: a network
 SAMPLERS = ("ddpm", "ddim", "dpm_solver")
 BLOCK = 64  # images whose noise is drawn together; each always gets the same part
-RECORDING_PAYS = 6  # steps: for longer walks a GPU records the network once and replays it
+RECORDING_PAYS = 6  # steps: for longer walks a GPU records the network once and replays it,
+FILLS_A_GPU = 400_000  # but not for batches of so many pixels, which gain nothing: benchmarks/speed_gpu.md
 
 
 class NoiseScheduler(nn.Module):
@@ -209,8 +210,8 @@ class NoiseScheduler(nn.Module):
 
     @torch.no_grad()
     def _steps(self, model, xt, timesteps, step, generator, last):
-        if xt.is_cuda and len(timesteps) > RECORDING_PAYS:  # a small network waits for its launches there
-            model = recorded(model, plain_calls=1)
+        if xt.is_cuda and len(timesteps) > RECORDING_PAYS and xt.numel() < FILLS_A_GPU:
+            model = recorded(model, plain_calls=1)  # a small batch waits for its launches
         for t, s in pairwise(timesteps):
             predict = last if last and s == -1 else model
             xt = step(xt, self._predict(predict, xt, t), t, s, generator=generator)

@@ -25,7 +25,8 @@ import recipe as recipes  # noqa: E402
 from common import command, mean_and_each, once, write_page  # noqa: E402
 from loops import Images, QuietRun, plain_loss, plain_steps, run_steps  # noqa: E402
 from measure import (Classifier, draw, drawn_once, frechet_distance,  # noqa: E402
-                     guide_of, loss_on_test_images, predictor, right_digits, unclear)
+                     guide_of, load_model, loss_on_test_images, predictor,
+                     right_digits, unclear)
 from quality import (kernel_distance, manifold_measures, nearest,  # noqa: E402
                      two_sample_test)
 from recipe import (TRAIN_IPYNB, NoiseOfVelocity, Recipe, loss_function,  # noqa: E402
@@ -56,6 +57,18 @@ def small_network(seed: int = 0, num_classes: int = 10) -> U_net:
                       "classes": DIGITS[:num_classes],
                       "class_counts": [1] * num_classes}
     return model
+
+
+def test_a_network_of_other_images_or_classes_is_not_compared_with_mnist(tmp_path):
+    path = tmp_path / "model.pth"
+    for name, value in (("image_size", 32), ("classes", ["five", "six"])):
+        model = small_network()
+        model.metadata[name] = value
+        save_checkpoint(model.state_dict(), path)
+        with pytest.raises(ValueError, match=r"model.pth: .* compare with MNIST"):
+            load_model(Namespace(model=path, precision="fp32"))
+    save_checkpoint(small_network().state_dict(), path)
+    assert load_model(Namespace(model=path, precision="fp32")).network["num_classes"] == 10
 
 
 class TwoFeatures(torch.nn.Module):

@@ -45,6 +45,20 @@ def test_images_come_in_batches_as_files_of_their_number(tmp_path):
     assert levels(tmp_path / "out") == {i: i for i in range(3, 17)}
 
 
+@pytest.mark.parametrize("count", [1, 4, 40])
+def test_names_are_written_below_images_where_these_are_few(tmp_path, count):
+    grids = [np.asarray(draw_files(grey, range(count), tmp_path, names).convert("L"))
+             for names in ([], [f"class {i}" for i in range(count)])]
+    plain, named = (grid.astype(int) for grid in grids)
+    if count == 40:
+        assert (plain == named).all()
+        return
+    assert named.shape[0] > plain.shape[0] and named.shape[1] == plain.shape[1]
+    for level in range(count):  # no name covers an image
+        assert (named == level).sum() == (plain == level).sum() > 0
+    assert named.max() > 150 and plain.max() <= 128
+
+
 def test_the_folder_holds_the_samples_and_nothing_else(tmp_path, monkeypatch):
     """As our own data set, a tool that lists one flat folder, and torchvision see it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
