@@ -7,12 +7,15 @@ Writes benchmarks/guidance_MODEL_SAMPLES.md.
 
 import argparse
 from itertools import product
+from statistics import median
 
 from common import header, mean_and_each, row, write_page
-from measure import (GUIDES, about_distance, about_unclear, checkpoint_arguments,
-                     distances_to_test, drawn_once, guide_path, load_model,
-                     mean_probabilities, mnist, relative_distance, right_digits,
-                     unclear)
+from measure import (GUIDES, JUDGES, about_distance, about_unclear,
+                     checkpoint_arguments, classifier, distances_to_test, drawn_once,
+                     features, guide_path, load_model, mean_probabilities, mnist,
+                     relative_distance, right_digits, unclear)
+from quality import manifold_measures
+from torch import Tensor
 
 from model import U_net
 
@@ -32,23 +35,32 @@ def arguments() -> argparse.Namespace:
 
 def measured(args: argparse.Namespace, model: U_net, seed: int, steps: int, **how,
              ) -> tuple[float, ...]:
-    """R, the share of unclear digits and of black pixels and, where there are labels,
-    of right digits."""
+    """R, recall, the share of unclear digits and of black pixels and, where there are
+    labels, of right digits."""
     drawn = drawn_once(args.model, model, range(args.samples), seed, steps,
                        precision=args.precision, **how)
     probabilities = mean_probabilities(drawn.pixels)
     distance = relative_distance(distances_to_test(drawn.pixels), args.samples)
-    found = distance, unclear(probabilities), (drawn.pixels == 0).float().mean().item()
-    if drawn.labels is None:
-        return found
-    return *found, right_digits(probabilities, drawn.labels).float().mean().item()
+    found = [distance, recall_of(drawn.pixels), unclear(probabilities),
+             (drawn.pixels == 0).float().mean().item()]
+    if drawn.labels is not None:
+        found.append(right_digits(probabilities, drawn.labels).float().mean().item())
+    return tuple(found)
+
+
+def recall_of(images: Tensor) -> float:
+    """How much of the test images' variety these have: the median of the judges."""
+    judges = [classifier(seed) for seed in JUDGES]
+    return median(manifold_measures(features(judge, images),
+                                    features(judge, mnist("t10k")))["recall"]
+                  for judge in judges)
 
 
 def main() -> None:
     args = arguments()
     model = load_model(args)
-    names = ["guide", "guidance", "spacing", "steps", "evaluations", "R", "unclear",
-             "black"]
+    names = ["guide", "guidance", "spacing", "steps", "evaluations", "R", "recall",
+             "unclear", "black"]
     names += ["right digit"] * bool(model.network["num_classes"])
     table = header(*names)
     grid = product(args.guide, args.guidance, args.spacing, args.steps)
@@ -60,11 +72,14 @@ def main() -> None:
                                spacing=spacing) for seed in args.seed))
         table.append(row("none" if alone else guide, f"{guidance:g}", f"{spacing:g}",
                          steps, steps if alone else 2 * steps - 1,
-                         *map(mean_and_each, found, (".3f", ".1%", ".1%", ".1%"))))
+                         *map(mean_and_each, found, (".3f", ".3f", *[".1%"] * 3))))
         print(table[-1], flush=True)
     explained = ["R: the Frechet distance of the samples, divided by that of the",
-                 "training images. Right digit: the share that shows the digit asked",
-                 "for. Black: the share of the pixels; of the test images' it is "
+                 "training images. Recall: how much of the test images' variety the",
+                 "samples have; as many training images have "
+                 f"{recall_of(mnist('train')[:args.samples]):.3f}. Right digit: the",
+                 "share that shows the digit asked for. Black: the share of the",
+                 "pixels; of the test images' it is "
                  f"{(mnist('t10k') == 0).float().mean():.1%}.",
                  "Where there are several seeds: the mean, and each."]
     write_page(f"guidance_{args.model.stem}_{args.samples}", args,

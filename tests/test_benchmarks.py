@@ -427,7 +427,8 @@ def test_the_table_of_guidance_has_each_with_each(monkeypatch):
     """Without a guide, the kind of guide makes no difference: that row comes once."""
     pages = []
     for name, fake in {"load_model": lambda args: small_network(),
-                       "measured": lambda args, model, seed, *_, **how: (seed, 0.5, 0.75, 1),
+                       "measured": lambda args, model, seed, *_, **how: (seed, 0.25, 0.5, 0.75, 1),
+                       "recall_of": lambda images: 0.9,
                        "about_distance": lambda *_: [], "about_unclear": lambda: [],
                        "write_page": lambda name, args, lines, _: pages.append(lines),
                        }.items():
@@ -437,8 +438,8 @@ def test_the_table_of_guidance_has_each_with_each(monkeypatch):
     monkeypatch.setattr("sys.argv", words.split())
     guidance.main()
     table = [line for line in pages[0] if line.startswith("| ")]
-    assert table[0].endswith("| evaluations | R | unclear | black | right digit |")
-    assert table[1] == ("| none | 1 | 1 | 5 | 5 | 1.500 (1.000, 2.000) | "
+    assert table[0].endswith("| evaluations | R | recall | unclear | black | right digit |")
+    assert table[1] == ("| none | 1 | 1 | 5 | 5 | 1.500 (1.000, 2.000) | 0.250 (0.250, 0.250) | "
                         "50.0% (50.0%, 50.0%) | 75.0% (75.0%, 75.0%) | "
                         "100.0% (100.0%, 100.0%) |")
     assert [row.split(" | ")[0] for row in table[1:]] == (
