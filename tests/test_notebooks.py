@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -185,6 +186,22 @@ def test_about_15_percent_of_the_labels_are_left_out_as_seed_and_step_say(tmp_pa
     told = torch.bincount(first[first < 10], minlength=10) / (0.85 * 20)
     there = torch.bincount(read_idx(MNIST.replace("images-idx3", "labels-idx1"))[:256].long(), minlength=10)
     assert (told - there).abs().max() < 4
+
+
+def test_training_with_labels_that_was_stopped_goes_on_as_if_it_never_stopped(trained, tmp_path, monkeypatch):
+    take_step = Run.step
+
+    def step_and_stop(run, *batch):
+        take_step(run, *batch)
+        if run.steps == 3:
+            run._meet_at = 0  # look at once
+            signal.raise_signal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "step", step_and_stop)
+        assert train(tmp_path)["run"].steps == 3
+    train(tmp_path, resume=True)
+    whole, parts = (load_checkpoint(folder / "run" / "model.pth") for folder in (trained, tmp_path))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items() if name != "_extra_state")
 
 
 def test_a_run_without_labels_knows_no_label(tmp_path):
