@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ipywidgets
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 
 import run_notebook
 from checkpoint import load_checkpoint, save_checkpoint
-from dataset_loader import read_idx
+from dataset_loader import image_grid, read_idx
 from model import U_net
 from training import Run
 
@@ -236,6 +237,22 @@ def test_guidance_is_what_the_checkpoint_proposes_and_grows(trained, tmp_path, c
     moved = [abs(pixels(generate(tmp_path, guidance=w)[0]) - alone).mean() for w in (1.1, 1.3)]
     assert 0 < moved[0] < moved[1]
     assert "guidance 1.3, guide: without label" in capsys.readouterr().out
+
+
+def test_the_sliders_begin_at_the_parameters_and_draw_what_they_say(trained, monkeypatch, capsys):
+    monkeypatch.setenv("JPY_SESSION_NAME", "a notebook in a browser")
+    made, make = [], ipywidgets.interactive.__init__
+
+    def keep(self, *given, **named):
+        make(self, *given, **named)
+        made.append(self)
+    monkeypatch.setattr(ipywidgets.interactive, "__init__", keep)
+    names = generate(trained, seed=3)[1]
+    label, seed, steps, guidance = made[0].children[:4]
+    assert (label.value, seed.value, steps.value, guidance.value) == (None, 3, 5, 1.0)
+    label.value, seed.value = "7", 4
+    drawn = names["draw"](names["guided"](1.0), *names["start"](range(1), "7", 4))
+    assert np.array_equal(made[0].result, image_grid(drawn, columns=1, scale=6))
 
 
 def test_guidance_without_a_guide_is_refused(tmp_path):
