@@ -46,6 +46,7 @@ def on_the_cpu(monkeypatch, tmp_path_factory):
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available=False: None)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(plt, "show", plt.show)  # run_notebook replaces it
+    monkeypatch.setattr("dataset_loader.show_table", lambda *_: None)  # slow; in Jupyter, below, it runs
     yield
     plt.close("all")
 
