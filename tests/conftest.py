@@ -1,6 +1,7 @@
 """The tests run on the CPU, also where there is a GPU, but for those that ask for one by the fixture `cuda`."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ if HAS_GPU:
     torch.cuda.device_count()  # which torch keeps from here on
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 torch.accelerator.current_accelerator = lambda check_available=False: None
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGTERM", signal.SIG_DFL), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, name):  # the tests send them; what started the tests may ignore them, as nohup does
+        signal.signal(getattr(signal, name), handler)
 
 
 @pytest.fixture
