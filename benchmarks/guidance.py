@@ -14,7 +14,7 @@ from measure import (GUIDES, JUDGES, about_distance, about_unclear,
                      checkpoint_arguments, classifier, distances_to_test, drawn_once,
                      features, guide_path, load_model, mean_probabilities, mnist,
                      relative_distance, right_digits, unclear)
-from quality import manifold_measures
+from quality import recall
 from torch import Tensor
 
 from model import U_net
@@ -51,8 +51,7 @@ def measured(args: argparse.Namespace, model: U_net, seed: int, steps: int, **ho
 def recall_of(images: Tensor) -> float:
     """How much of the test images' variety these have: the median of the judges."""
     judges = [classifier(seed) for seed in JUDGES]
-    return median(manifold_measures(features(judge, images),
-                                    features(judge, mnist("t10k")))["recall"]
+    return median(recall(features(judge, images), features(judge, mnist("t10k")))
                   for judge in judges)
 
 

@@ -51,18 +51,29 @@ def kernel_distance(extractor: nn.Module, images: Tensor, reference: Tensor) -> 
     return 1000 * metric.compute()[0].item()
 
 
+def radii(points: Tensor, k: int) -> Tensor:
+    """How far it is from each point to its k-th nearest neighbour among them, (N,)."""
+    return torch.cdist(points, points).kthvalue(k + 1, dim=1).values
+
+
+def recall(x: Tensor, real: Tensor, k: int = 5) -> float:
+    """The share of real images in the ball of a sample, which reaches to its k-th
+    nearest neighbour (Kynkaanniemi et al. 2019), on features (N, D)."""
+    near = torch.cdist(x, real) < radii(x, k)[:, None]
+    return near.any(dim=0).float().mean().item()
+
+
 def manifold_measures(x: Tensor, real: Tensor, k: int = 5) -> dict[str, float]:
     """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et
     al. 2020), on features (N, D).
 
     The ball of a point reaches to its k-th nearest neighbour in its own set.
     """
-    radius, x_radius = (torch.cdist(points, points).kthvalue(k + 1, dim=1).values
-                        for points in (real, x))
+    radius = radii(real, k)
     distance = torch.cdist(x, real)  # (samples, real images)
     inside = distance < radius
     return {"precision": inside.any(dim=1).float().mean().item(),
-            "recall": (distance < x_radius[:, None]).any(dim=0).float().mean().item(),
+            "recall": recall(x, real, k),
             "density": inside.sum(dim=1).float().mean().item() / k,
             "coverage": (distance.min(dim=0).values < radius).float().mean().item()}
 
