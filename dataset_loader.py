@@ -199,7 +199,7 @@ class ImageDataset(Dataset):
     (B, C, H, W), in one operation.
     Raises FileNotFoundError where the path or images in it are missing; ValueError for
     a bad value, a damaged IDX file, missing labels, or a folder with fewer
-        than two usable images.
+    than two usable images.
     """
 
     def __init__(self, path: str | os.PathLike, image_size: int | tuple[int, int] = 28,
