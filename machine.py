@@ -27,7 +27,11 @@ def choose_device() -> str:
     device = "cpu" if accelerator is None else accelerator.type
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         if accelerator is not None:
-            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+            rank, count = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
+            if rank >= count:
+                raise ValueError(f"--nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')}: this machine has {count} "
+                                 "GPUs; start one process for each")
+            torch.accelerator.set_device_index(rank)
         dist.init_process_group(timeout=timedelta(hours=6))  # others wait while one decodes a folder
         atexit.register(dist.destroy_process_group)
         if dist.get_rank() > 0:

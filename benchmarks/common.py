@@ -111,7 +111,8 @@ def write_page(name: str, args: argparse.Namespace, lines: list[str],
                note: str = "") -> None:
     """Writes benchmarks/NAME.md: the command, the machine, and what was found."""
     text = [f"`{command(args)}` on {machine_in_words()}{note}", "", *lines, ""]
-    (ROOT / "benchmarks" / f"{name}.md").write_text("\n".join(text))
+    page = ROOT / "benchmarks" / f"{name}.md"
+    page.write_text("\n".join(text), encoding="utf-8")
 
 
 def plot_distances(name: str, cost: str, curves: dict[str, list[tuple[float, float]]],

@@ -10,10 +10,13 @@ import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import torch
 
 from common import ROOT, header, machine_in_words, once, parser_of, row, write_page
 from measure import (about_distance, about_unclear, distance_to_test, draw,
                      loss_on_test_images, mean_probabilities, ready, unclear)
+
+from model import U_net
 
 CHECKPOINTS = {"simple": "model_DDPM.pth", "larger": "model_DDPM_large.pth"}
 
@@ -24,10 +27,26 @@ def git(*arguments: str) -> bytes:
 
 
 def versions(name: str) -> list[tuple[str, str]]:
-    """The commits that changed a file of Save_model, oldest first, with their dates."""
+    """The commits that changed the weights of a file of Save_model, oldest first, with
+    their dates."""
     log = git("log", "--reverse", "--diff-filter=AM", "--format=%h %cs", "--",
               f"Save_model/{name}")
-    return [tuple(line.split()) for line in log.decode().splitlines()]
+    found, before = [], ()
+    for line in log.decode().splitlines():
+        revision, date = line.split()
+        weights = list(network_at(revision, name).parameters())
+        if len(weights) != len(before) or not all(map(torch.equal, weights, before)):
+            found.append((revision, date))
+        before = weights
+    return found
+
+
+def network_at(revision: str, name: str) -> U_net:
+    """The network of a file of Save_model as it was at a commit."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, name)
+        file.write_bytes(git("show", f"{revision}:Save_model/{name}"))
+        return ready(file)
 
 
 def total(training: dict, what: str) -> int:
@@ -39,10 +58,7 @@ def total(training: dict, what: str) -> int:
 def measured(revision: str, name: str, samples: int) -> list:
     """Images seen, minutes, loss, distance and share of unclear digits of one
     version."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, name)
-        file.write_bytes(git("show", f"{revision}:Save_model/{name}"))
-        model = ready(file)
+    model = network_at(revision, name)
     pixels = draw(model, range(samples), 0, 10).pixels
     training = model.metadata["training"]
     return [total(training, "images_seen"), total(training, "seconds") / 60,

@@ -50,8 +50,10 @@ def mnist_labels(part: str) -> Tensor:
 # A checkpoint and its options
 
 def checkpoint_arguments(description: str, samples: int = 10_000,
-                         several_seeds: bool = False) -> argparse.ArgumentParser:
-    """The options that all benchmarks have which draw from a checkpoint."""
+                         several_seeds: bool = False,
+                         guided: bool = False) -> argparse.ArgumentParser:
+    """The options of a benchmark that draws from a checkpoint; guided: with one
+    guide."""
     parser = parser_of(description)
     parser.add_argument("model", type=Path, help="a checkpoint of train.ipynb on MNIST")
     parser.add_argument("--samples", type=int, default=samples)
@@ -61,6 +63,11 @@ def checkpoint_arguments(description: str, samples: int = 10_000,
         parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=PRECISIONS, default="auto",
                         help="auto: bf16 where the processor has it")
+    if guided:
+        parser.add_argument("--guidance", type=float,
+                            help="default: what the checkpoint proposes")
+        parser.add_argument("--guide", choices=GUIDES,
+                            help="default: early where the checkpoint keeps one")
     return parser
 
 

@@ -14,7 +14,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from common import (ROOT, device, fingerprint, header, machine_in_words, once, row,
                     write_page)
-from measure import (GUIDES, JUDGES, Drawn, checkpoint_arguments, classifier,
+from measure import (JUDGES, Drawn, checkpoint_arguments, classifier,
                      distances_to_test, drawn_once, features, load_model,
                      mean_probabilities, mnist, mnist_labels, relative_distance,
                      right_digits, trained_classifier, training_distances, unclear)
@@ -198,23 +198,21 @@ def digits(drawn: Drawn) -> list[str]:
 def told_apart(drawn: Tensor) -> list[str]:
     """How samples differ from real images in small things: text, in lines."""
     test = mnist("t10k")
-    black = [(pixels == 0).float().mean() for pixels in (drawn, test)]
+    black, nearly = ([(pixels <= level).float().mean() for pixels in (drawn, test)]
+                     for level in (0, 2))
     told = two_sample_test(drawn, test)
     return [f"Exactly black: {black[0]:.1%} of the samples' pixels, {black[1]:.1%} of "
-            "the test images'.",
+            "the test images'; at most two of",
+            f"255 levels brighter: {nearly[0]:.1%} and {nearly[1]:.1%}.",
             "A classifier that learns to tell samples from test images is right on "
             f"{told:.1%} of others", "(50 % is perfect).", ""]
 
 
 def arguments() -> argparse.Namespace:
-    parser = checkpoint_arguments(__doc__)
+    parser = checkpoint_arguments(__doc__, guided=True)
     parser.add_argument("--sampler", default="dpm_solver")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--spacing", type=float, default=1.0)
-    parser.add_argument("--guidance", type=float,
-                        help="default: what the checkpoint proposes")
-    parser.add_argument("--guide", choices=GUIDES,
-                        help="default: early where the checkpoint keeps one")
     parser.add_argument("--cas", type=int, default=0, metavar="N",
                         help="train classifiers on so many samples alone; 0: do not")
     return parser.parse_args()

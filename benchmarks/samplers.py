@@ -70,10 +70,9 @@ def costs(args: argparse.Namespace, model: U_net) -> list[str]:
 
 
 def main() -> None:
-    parser = checkpoint_arguments(__doc__)
+    parser = checkpoint_arguments(__doc__, guided=True)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50, 1000])
     args = parser.parse_args()
-    args.guide = args.guidance = None  # those of generate_image.ipynb
     model = load_model(args)
     found = measured(args, model)
     table = header("sampler", "steps", "evaluations", "Frechet distance")

@@ -1,4 +1,4 @@
-"""How long train.ipynb takes from random weights to digits near real ones, on one GPU.
+"""What a time of training on one GPU, from random weights, is worth in quality.
 
     python benchmarks/time_to_quality.py --batch-size 128 --num-epochs 20
 
@@ -23,8 +23,9 @@ from machine import bf16_is_native
 from run_notebook import run_notebook
 
 PAGE = ROOT / "benchmarks" / "time_to_quality.md"
-INTRODUCTION = """Seconds on one GPU from random weights to R <= 2: the Frechet distance of digits
-to the test images, divided by that of as many training images. Each row is a run of
+INTRODUCTION = """Seconds on one GPU from random weights, and the R that they lead to: the Frechet
+distance of digits to the test images, divided by that of as many training images. The
+aim is R <= 2, which no row reaches yet. Each row is a run of
 `train.ipynb` with the larger network, `python benchmarks/time_to_quality.py` with the
 options of the row. Seconds are those of the loop, with its recording and previews, and
 in brackets those of the whole notebook, with its figures. Digits are drawn with the

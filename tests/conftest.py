@@ -3,6 +3,7 @@
 import os
 import signal
 
+import matplotlib
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ if HAS_GPU:
     torch.cuda.init()  # what the tests start sees no GPU, this process does
     torch.cuda.device_count()  # which torch keeps from here on
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+matplotlib.use("agg")  # no windows
 torch.accelerator.current_accelerator = lambda check_available=False: None
 for name, handler in (("SIGINT", signal.default_int_handler), ("SIGTERM", signal.SIG_DFL), ("SIGHUP", signal.SIG_DFL)):
     if hasattr(signal, name):  # the tests send them; what started the tests may ignore them, as nohup does

@@ -6,6 +6,7 @@ import random
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,6 +165,9 @@ def test_a_save_waits_for_a_reader_where_the_system_refuses_to_replace_its_file(
     def always_busy(*_):
         raise PermissionError(13, "Access is denied")
     monkeypatch.setattr(os, "replace", always_busy)
+    clock = itertools.count(step=0.1)
+    monkeypatch.setattr("checkpoint.time", SimpleNamespace(
+        time=time.time, monotonic=lambda: next(clock), sleep=lambda seconds: None))
     with pytest.raises(PermissionError):
         save_checkpoint({"epoch": 3}, path)
     assert load_checkpoint(path) == {"epoch": 2} and os.listdir(tmp_path) == ["model.pth"]
@@ -234,8 +238,10 @@ def test_the_shipped_checkpoint_loads_by_the_documented_snippet():
 
 @pytest.mark.parametrize("name, channels, size, weights", [
     ("model_DDPM", 1, 28, 1_592_641), ("model_DDPM_large", 1, 28, 2_298_500), ("model_faces", 3, 32, 2_304_908)])
-def test_the_shipped_checkpoints_describe_themselves(name, channels, size, weights):
-    model = U_net.from_checkpoint(SHIPPED.with_stem(name))
+def test_the_shipped_checkpoints_describe_themselves_and_have_their_guides(name, channels, size, weights):
+    model, guide = (U_net.from_checkpoint(SHIPPED.with_stem(stem)) for stem in (name, f"{name}_guide"))
+    assert guide.network == model.network and guide.metadata.get("classes") == model.metadata.get("classes")
+    assert guide.metadata["training"]["steps"] < model.metadata["training"]["steps"] / 8
     assert (model.network["in_channels"], model.metadata["image_size"]) == (channels, size)
     assert sum(p.numel() for p in model.parameters()) == weights
     assert NoiseScheduler(**model.metadata["noise_schedule"]).num_timesteps == 1000
@@ -257,7 +263,6 @@ def test_a_shipped_checkpoint_draws_the_same_pictures_in_bf16(name, sampler):
 
 
 def test_safetensors_and_back_by_the_lines_of_the_page(tmp_path, monkeypatch):
-    pytest.importorskip("safetensors")
     page = (Path(__file__).parents[1] / "docs" / "other_tools.md").read_text(encoding="utf-8")
     there, back = re.findall(r"```python\n(.*?)```", page, re.S)
     monkeypatch.chdir(tmp_path)

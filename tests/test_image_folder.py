@@ -82,6 +82,26 @@ def test_a_report_can_be_printed_where_letters_are_missing(tmp_path, monkeypatch
     assert done.returncode == 0 and b"\\u6570\\u5b57.png" in done.stdout
 
 
+def test_a_subfolder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    write_images(tmp_path, "a.png", "b.png", "locked/c.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="locked"):
+        ImageDataset(tmp_path, image_size=8)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+def test_a_pipe_with_the_name_of_an_image_is_left_out(tmp_path):
+    write_images(tmp_path, "a.png", "b.png")
+    os.mkfifo(tmp_path / "c.png")
+    assert ImageDataset(tmp_path, image_size=8).report.skipped == {"no regular file": ["c.png"]}
+
+
 # Depth and transparency
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
@@ -341,7 +361,7 @@ def test_of_processes_that_start_at_once_one_decodes(tmp_path):
     names = [f"{number}.png" for number in range(6)]
     write_images(tmp_path / "images", *names)
     (tmp_path / "go").touch()
-    assert start(tmp_path, "die").wait(60) == 9
+    assert start(tmp_path, "die").wait(1800) == 9
     for path in tmp_path.glob("go*"):
         path.unlink()
     (tmp_path / "log").unlink()
@@ -349,7 +369,7 @@ def test_of_processes_that_start_at_once_one_decodes(tmp_path):
     while len(list(tmp_path.glob("go*"))) < 2 and all(p.poll() is None for p in processes):
         time.sleep(0.01)
     (tmp_path / "go").touch()
-    outputs = [process.communicate(timeout=60) for process in processes]
+    outputs = [process.communicate(timeout=1800) for process in processes]
     expected = [np.asarray(Image.open(tmp_path / "images" / name))[0, 0] for name in names]
     for output, errors in outputs:
         assert f"pixels {[int(value) for value in expected]}" in output, errors

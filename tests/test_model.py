@@ -114,6 +114,16 @@ def test_time_scales_and_shifts_the_normalised_channels():
     torch.testing.assert_close(block(x, time), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("normalise", [False, True])
+def test_dropout_zeroes_its_share_in_training_alone(normalise):
+    torch.manual_seed(0)
+    model, zero = U_net(t_dim=8, widths=(8,), dropout=0.25, normalise=normalise), []
+    model.bottleneck.conv2.register_forward_pre_hook(lambda _, inputs: zero.append((inputs[0] == 0).float().mean()))
+    for training in (True, False):
+        model.train(training)(*batch(16))
+    assert zero[0].item() == pytest.approx(0.25, abs=0.02) and zero[1] == 0
+
+
 def test_attention_is_the_softmax_of_scaled_products():
     torch.manual_seed(0)
     layer = Attention(64)  # two heads

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def test_the_readmes_first_command_runs_all_notebooks_in_jupyter(tmp_path):
         nbformat.write(notebook, tmp_path / name)
         finished = subprocess.run(
             [sys.executable, "-m", "jupyter", "execute", "--output=ran", str(tmp_path / name)], text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=300, cwd=ROOT)
+            env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=1800, cwd=ROOT)
         assert finished.returncode == 0, finished.stderr
     assert {"x_0.png", "x_1.png"} == set(os.listdir(tmp_path / "generate"))
     assert {"grid.png", "classes.png"} == set(os.listdir(tmp_path / "generate_figures"))
@@ -238,6 +239,11 @@ def test_guidance_is_what_the_checkpoint_proposes_and_grows(trained, tmp_path, c
     moved = [abs(pixels(generate(tmp_path, guidance=w)[0]) - alone).mean() for w in (1.1, 1.3)]
     assert 0 < moved[0] < moved[1]
     assert "guidance 1.3, guide: without label" in capsys.readouterr().out
+    state["_extra_state"]["guidance"] = 1.4
+    for name in ("model", "model_guide"):
+        save_checkpoint(state, tmp_path / "run" / f"{name}.pth")
+    assert generate(tmp_path)[1]["guidance"] == 1.4
+    assert "guidance 1.4, guide: early network" in capsys.readouterr().out
 
 
 def test_the_sliders_begin_at_the_parameters_and_draw_what_they_say(trained, monkeypatch, capsys):
@@ -337,6 +343,13 @@ def test_a_label_of_the_users_replaces_that_of_the_images(trained):
         edit(trained, label="cat")
 
 
+def test_images_of_other_classes_than_the_networks_have_no_labels(trained, tmp_path):
+    for name in "79":  # the first and the second class of the folder, but the eighth and the tenth of the network
+        (tmp_path / name).mkdir()
+        Image.new("L", (28, 28)).save(tmp_path / name / "1.png")
+    assert edit(trained, image_path=str(tmp_path))["labels"] is None
+
+
 # From the command line, and on many processes
 
 def command_line(folder, *launcher, **parameters):
@@ -345,31 +358,48 @@ def command_line(folder, *launcher, **parameters):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([sys.executable, *launcher, "run_notebook.py", "train.ipynb", *words], cwd=ROOT,
                           env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          timeout=240)
+                          timeout=1800)
 
 
-TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def assert_same_run(folder, other, steps):
+    """But for rounding, which moves a weight by less than 1e-6. Processes that do not add their gradients up would
+    move some by 7e-3, while their mean loss would hardly tell."""
+    one, two = (load_checkpoint(path / "run" / "state.pth") for path in (folder, other))
+    assert len(one["losses"]) == len(two["losses"]) == steps
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-4, atol=0)
+    del one["model"]["_extra_state"], two["model"]["_extra_state"]
+    torch.testing.assert_close(two["model"], one["model"], rtol=0, atol=5e-4)
 
 
 def test_two_processes_train_like_one(tmp_path, trained):
-    finished = command_line(tmp_path, *TWO_PROCESSES)
+    finished = command_line(tmp_path, *TWO_PROCESSES, micro_batch_size=16)  # two parts of each share
     assert finished.returncode == 0, finished.stdout
     assert finished.stdout.count("the model is in") == 1  # the first process speaks for all
-    one, two = (load_checkpoint(folder / "run" / "state.pth") for folder in (trained, tmp_path))
-    assert two["losses"].tolist() == pytest.approx(one["losses"].tolist(), rel=1e-3)
-    assert len(two["losses"]) == 8
+    assert_same_run(trained, tmp_path, 8)
     assert {"preview.png", "figures"} <= set(os.listdir(tmp_path / "run"))
 
 
+def test_two_processes_go_on_with_the_run_of_one(tmp_path, trained):
+    for name in ("one", "two"):
+        shutil.copytree(trained / "run", tmp_path / name / "run")
+    finished = command_line(tmp_path / "two", *TWO_PROCESSES, resume=True, num_epochs=3)
+    assert finished.returncode == 0, finished.stdout
+    train(tmp_path / "one", resume=True, num_epochs=3)
+    assert_same_run(tmp_path / "one", tmp_path / "two", 12)
+
+
 def test_a_batch_that_does_not_divide_among_the_processes_is_refused(tmp_path):
-    finished = command_line(tmp_path, *TWO_PROCESSES[:-1], batch_size=7)
+    finished = command_line(tmp_path, *TWO_PROCESSES, batch_size=7)
     assert finished.returncode and "batch_size 7: must be a multiple of the 2 processes" in finished.stdout
 
 
 def test_a_bad_parameter_is_one_line_and_a_mistake_in_the_code_has_its_traceback(tmp_path):
     finished = command_line(tmp_path, batch_size=0)
-    assert finished.returncode == 1
-    assert finished.stdout == "ValueError: batch_size 0: must be a whole number of at least 1\n"
+    assert finished.returncode == 1 and "Traceback" not in finished.stdout
+    assert finished.stdout.endswith("ValueError: batch_size 0: must be a whole number of at least 1\n")
     for mistake in ("int('x')", "{}['x']", "import json; json.loads('{')"):
         with pytest.raises((ValueError, KeyError)) as found:
             run_notebook.run_cell(mistake, "<train.ipynb, cell 1>", {})
@@ -385,7 +415,7 @@ def test_a_notebook_runs_in_its_folder_and_a_typed_path_is_from_where_one_is(tmp
              "--batch_size", "4", "--network", "{widths: [8]}", "--initial_weights", "None"]
     finished = subprocess.run([sys.executable, ROOT / "run_notebook.py", ROOT / words[0], *words[1:]],
                               cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240)
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1800)
     assert finished.returncode == 0, finished.stdout
     assert {"model.pth", "figures"} <= set(os.listdir(tmp_path / "mine"))
     assert set(os.listdir(tmp_path)) == {"colours", "mine"}
@@ -427,6 +457,7 @@ def test_committed_notebooks_are_clean_and_their_outputs_are_of_their_code(name)
     assert max(len(line) for cell in code for line in cell.source.split("\n")) <= 88
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="asks git, which a ZIP file is without")
 def test_a_run_writes_beside_the_shipped_checkpoint_where_git_ignores_it():
     notebook = nbformat.read("train.ipynb", 4)
     (save_dir,) = re.findall(r'^save_dir = "(.*)"', "\n".join(cell.source for cell in notebook.cells), re.M)
@@ -434,7 +465,7 @@ def test_a_run_writes_beside_the_shipped_checkpoint_where_git_ignores_it():
     assert ignored.returncode == 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "Save_model/README.md", *sorted(
+@pytest.mark.parametrize("page", ["README.md", "Save_model/README.md", "benchmarks/README.md", *sorted(
     str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))])
 def test_every_command_of_a_page_names_files_and_parameters_that_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")

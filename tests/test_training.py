@@ -172,14 +172,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_ends_the_run(tmp_path
     assert all(m["exp_avg"].isfinite().all() and m["step"] == 3 for m in moments)
 
 
-def test_a_loss_that_grows_out_of_bounds_ends_the_run_and_keeps_the_last_good_files(tmp_path):
+def test_a_loss_that_grows_out_of_bounds_ends_the_run_and_keeps_the_last_good_files(tmp_path, monkeypatch):
     train(run_in(tmp_path))
+    clock = Clock(monkeypatch, step=200.0)  # so a save is due at each look, that of the error too
     before = (tmp_path / "model.pth").read_bytes()
     run = run_in(tmp_path, resume=True, num_epochs=400)
     loss_of = loss_by(run)
     with pytest.raises(FloatingPointError, match="the loss has grown to .* start again with a lower"):
         for x0, label in run.batches():
             run.step(lambda *batch: 1e6 * loss_of(*batch), x0, torch.randn(x0.shape), label)
+            clock.tick(run)
     assert (tmp_path / "model.pth").read_bytes() == before
     assert run_in(tmp_path, resume=True, num_epochs=400).steps == 10
 
@@ -206,12 +208,13 @@ def test_a_full_memory_says_what_to_lower(tmp_path, error):
 
 # Stop and go on
 
-def test_a_run_that_was_stopped_and_resumed_is_the_one_that_never_stopped(tmp_path, capsys):
-    whole = train(run_in(tmp_path / "whole"))
-    train(run_in(tmp_path / "parts"), until=3)
+@pytest.mark.parametrize("network", [{}, {"dropout": 0.2}])
+def test_a_run_that_was_stopped_and_resumed_is_the_one_that_never_stopped(tmp_path, capsys, network):
+    whole = train(run_in(tmp_path / "whole", network=network))
+    train(run_in(tmp_path / "parts", network=network), until=3)
     assert "stopped after step 3 of 10; resume=True goes on from" in capsys.readouterr().out
-    train(run_in(tmp_path / "parts", resume=True), until=7)
-    parts = train(run_in(tmp_path / "parts", resume="auto"))
+    train(run_in(tmp_path / "parts", network=network, resume=True), until=7)
+    parts = train(run_in(tmp_path / "parts", network=network, resume="auto"))
     assert parts.losses == whole.losses and len(whole.losses) == 10
     for one, other in ((parts.model, whole.model), (parts.average, whole.average)):
         assert torch.equal(weights(one), weights(other))
@@ -235,10 +238,11 @@ def test_resume_needs_the_same_run_by_meaning(tmp_path):
                              "noise_schedule: the run in .* has {'num_timesteps': 100}, this one has "),
                             ({"metadata": {"noise_schedule": {"num_timesteps": 100}, "classes": ["1", "0"]}},
                              "classes: the run in .* has .'0', '1'., this one has .'1', '0'.; resume"),
+                            ({"precision": "bf16"}, "precision: the run in .* has 'fp32', this one has 'bf16'"),
                             ({"use_labels": False}, "the run in .* has seen other labels")):
         with pytest.raises(ValueError, match=message):
             run_in(tmp_path, resume=True, **change)
-    with pytest.raises(ValueError, match="widths|network"):
+    with pytest.raises(ValueError, match="blocks: the checkpoint has 1, this network has 2"):
         run_in(tmp_path, resume=True, network={"blocks": 2})
     with pytest.raises(FileNotFoundError, match="state.pth: no such checkpoint"):
         run_in(tmp_path / "empty", resume=True)
@@ -284,13 +288,6 @@ def test_a_state_without_something_says_what(tmp_path, key):
     del state[key]
     save_checkpoint(state, tmp_path / "state.pth")
     with pytest.raises(ValueError, match=f"state.pth: not the state of a run of this version, .* no {key}; "):
-        run_in(tmp_path, resume=True)
-
-
-def test_a_model_in_the_place_of_a_state_is_no_state(tmp_path):
-    train(run_in(tmp_path))
-    (tmp_path / "state.pth").write_bytes((tmp_path / "model.pth").read_bytes())
-    with pytest.raises(ValueError, match="not the state of a run of this version"):
         run_in(tmp_path, resume=True)
 
 
@@ -415,18 +412,30 @@ def test_a_picture_of_the_loss_that_cannot_be_written_does_not_end_the_run(tmp_p
     assert (tmp_path / "model.pth").exists() and plt.get_fignums() == before
 
 
-def test_progress_in_a_log_is_a_line_in_half_a_minute(tmp_path, capsys):
-    train(run_in(tmp_path, num_epochs=8), each=lambda run: setattr(run, "_meet_at", 0))
-    assert 1 <= capsys.readouterr().err.count("images/s") <= 3
+def test_progress_in_a_log_is_a_line_in_half_a_minute(tmp_path, monkeypatch, capsys):
+    """On a clock by which each of 200 steps takes a second; tqdm's own thread would add lines by that of the machine."""
+    clock = Clock(monkeypatch)
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    monkeypatch.setattr("tqdm.std.time", lambda: clock.now)
+    run = run_in(tmp_path, num_epochs=40)
+    bar = run._progress_bar()
+    assert bar.maxinterval == bar.mininterval == 30
+    bar.close()
+    capsys.readouterr()
+    train(run, each=lambda run: (clock.tick(run), setattr(run, "_meet_at", 0)))
+    assert 6 <= capsys.readouterr().err.count("images/s") <= 9
 
 
 def test_a_new_run_sets_the_old_files_aside(tmp_path):
-    train(run_in(tmp_path))
+    train(run_in(tmp_path), preview=lambda: Image.new("L", (8, 8)))
+    (tmp_path / "model_guide.pth").write_bytes(b"no guide of the new run")
     before = (tmp_path / "model.pth").read_bytes()
     train(run_in(tmp_path, seed=1))
     (aside,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    assert (aside / "model.pth").read_bytes() == before and (aside / "state.pth").exists()
+    assert sorted(os.listdir(aside)) == ["loss.png", "model.pth", "model_guide.pth", "preview.png", "state.pth"]
+    assert (aside / "model.pth").read_bytes() == before
     assert (tmp_path / "model.pth").read_bytes() != before
+    assert U_net.from_checkpoint(tmp_path / "model.pth").metadata["guidance"] == 1
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
@@ -471,7 +480,7 @@ def test_a_disk_without_locks_is_said_and_one_that_cannot_be_written_ends_it(tmp
 
 
 def test_no_module_uses_what_one_system_alone_has():
-    """Attributes of `os` and `signal`: those of the list exist on Windows as well."""
+    """Attributes of `os` and `signal`: those of the list exist on Windows as well. No module of Unix alone."""
     everywhere = {"environ", "chdir", "path", "PathLike", "name", "sep", "replace", "open", "close", "fsync", "devnull",
                   "walk", "stat", "makedirs", "O_RDONLY", "signal", "SIG_DFL", "SIG_IGN", "getsignal", "getcwd", "fspath"}
     used = set()
@@ -481,6 +490,11 @@ def test_no_module_uses_what_one_system_alone_has():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in modules:
                 used.add(node.attr)
+            if isinstance(node, ast.ImportFrom) and node.module in ("os", "signal"):
+                used |= {alias.name for alias in node.names}
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {getattr(node, "module", None), *(alias.name for alias in node.names)}
+                assert not names & {"fcntl", "grp", "pwd", "resource", "termios"}, path
     assert "replace" in used and used <= everywhere
 
 
@@ -566,7 +580,7 @@ def test_a_long_run_keeps_its_average_after_a_sixteenth_as_a_guide_and_a_short_o
     guide = U_net.from_checkpoint(tmp_path / "long" / "model_guide.pth")
     assert guide.metadata["training"]["steps"] == training.YOUNGEST_GUIDE
     assert torch.equal(weights(guide), seen[training.YOUNGEST_GUIDE])
-    assert U_net.from_checkpoint(tmp_path / "long" / "model.pth").metadata["guidance"] > 1
+    assert U_net.from_checkpoint(tmp_path / "long" / "model.pth").metadata["guidance"] == 1.25
     train(run_in(tmp_path / "short"))
     assert not (tmp_path / "short" / "model_guide.pth").exists()
     assert U_net.from_checkpoint(tmp_path / "short" / "model.pth").metadata["guidance"] == 1
@@ -591,11 +605,12 @@ def test_a_run_starts_from_initial_weights_and_takes_their_guide_along(tmp_path,
     assert not (tmp_path / "second" / "model_guide.pth").exists()
 
     (tmp_path / "start_guide.pth").write_bytes(start.read_bytes())
-    train(run_in(tmp_path / "third", initial_weights=start))
+    long = dict(initial_weights=start, num_epochs=160)  # long enough for a guide of its own
+    train(run_in(tmp_path / "third", **long))
     assert (tmp_path / "third" / "model_guide.pth").read_bytes() == start.read_bytes()
     assert "classes" not in capsys.readouterr().out
     start.unlink()  # its state is all that the run needs now
-    assert run_in(tmp_path / "third", initial_weights=start, resume=True).steps == 10
+    assert run_in(tmp_path / "third", resume=True, **long).steps == 800
 
 
 def test_initial_weights_of_other_images_leave_their_guide_behind(tmp_path, capsys):
@@ -607,9 +622,10 @@ def test_initial_weights_of_other_images_leave_their_guide_behind(tmp_path, caps
     assert "was trained on the classes 0, 1; here they begin as 1, 2" in capsys.readouterr().out
     assert not (tmp_path / "short" / "model_guide.pth").exists()
     assert U_net.from_checkpoint(tmp_path / "short" / "model.pth").metadata["guidance"] == 1
-    train(run_in(tmp_path / "long", num_epochs=160, **others))  # long enough for a guide of its own
+    train(run_in(tmp_path / "long", num_epochs=160, use_labels=False, **others))  # for a guide of its own
     guide = U_net.from_checkpoint(tmp_path / "long" / "model_guide.pth")
     assert guide.metadata["training"]["steps"] == 50
+    assert U_net.from_checkpoint(tmp_path / "long" / "model.pth").metadata["guidance"] == 1.5  # without labels
 
 
 def test_initial_weights_of_something_else_are_refused(tmp_path):
@@ -748,3 +764,13 @@ def test_a_mac_trains_on_its_gpu_alone_and_on_its_processor_under_torchrun(monke
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert machine.choose_device() == "cpu"
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.current_accelerator",
+                        lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match="--nproc-per-node 8: this machine has 2 GPUs; start one process for each"):
+        machine.choose_device()
