@@ -29,8 +29,7 @@ def choose_device() -> str:
         if accelerator is not None:
             rank, count = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
             if rank >= count:
-                raise ValueError(f"--nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')}: this machine has {count} "
-                                 "GPUs; start one process for each")
+                raise ValueError(f"process {rank + 1} on this machine has no GPU; set --nproc-per-node {count}")
             torch.accelerator.set_device_index(rank)
         dist.init_process_group(timeout=timedelta(hours=6))  # others wait while one decodes a folder
         atexit.register(dist.destroy_process_group)

@@ -201,9 +201,9 @@ class Run:
 
     def _progress_bar(self) -> tqdm:
         seen_live = get_ipython() or sys.stderr.isatty()  # else each look is a line in a log
+        interval = {} if seen_live else {"mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS}
         return tqdm(total=self.total_steps * self.batch_size, initial=self.images_seen, unit=" images",
-                    unit_scale=True, smoothing=0.1, disable=self.rank > 0,
-                    **{} if seen_live else {"mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS})
+                    unit_scale=True, smoothing=0.1, disable=self.rank > 0, **interval)
 
     def _take_batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         labels = None if self._labels is None else self._to_device(self._labels[index])

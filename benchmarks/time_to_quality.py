@@ -1,4 +1,4 @@
-"""What a time of training on one GPU, from random weights, is worth in quality.
+"""The quality that a given time of training on one GPU reaches, from random weights.
 
     python benchmarks/time_to_quality.py --batch-size 128 --num-epochs 20
 
@@ -25,7 +25,7 @@ from run_notebook import run_notebook
 PAGE = ROOT / "benchmarks" / "time_to_quality.md"
 INTRODUCTION = """Seconds on one GPU from random weights, and the R that they lead to: the Frechet
 distance of digits to the test images, divided by that of as many training images. The
-aim is R <= 2, which no row reaches yet. Each row is a run of
+aim is R <= 2. Each row is a run of
 `train.ipynb` with the larger network, `python benchmarks/time_to_quality.py` with the
 options of the row. Seconds are those of the loop, with its recording and previews, and
 in brackets those of the whole notebook, with its figures. Digits are drawn with the

@@ -1,6 +1,8 @@
 """The measures that the benchmarks report, against closed forms and counting."""
 
 import math
+import os
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -64,8 +66,8 @@ def small_network(seed: int = 0, num_classes: int = 10) -> U_net:
 @pytest.mark.parametrize("name, most", [("model_DDPM", 0.024), ("model_DDPM_large", 0.0215),
                                         ("model_DDPM_guide", 0.038), ("model_DDPM_large_guide", 0.0265)])
 def test_a_shipped_network_sees_the_noise_in_test_digits(name, most):
-    """Its loss, of which a network that predicts no noise at all has 1, is that of the page: a forward pass with a
-    mistake in it has more."""
+    """Within a few percent of what it is; a network that predicts no noise at all has 1. A mistake in the forward pass
+    costs more than that: the larger network with its attention after each block instead of before has 0.023."""
     model = measure.ready(measure.ROOT / "Save_model" / f"{name}.pth")
     assert loss_on_test_images(model, 1000) < most
 
@@ -82,9 +84,14 @@ def test_a_benchmark_draws_as_the_checkpoint_proposes_where_its_guide_is_there(t
         assert (args.guide, args.guidance) == expected
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="asks git")
 def test_the_history_of_a_checkpoint_has_the_commits_that_changed_its_weights(tmp_path, monkeypatch):
     def git(*words):
         subprocess.run(["git", "-c", "user.name=A", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):  # the user's settings
+        monkeypatch.setenv(name, os.devnull)
     monkeypatch.setattr(history, "ROOT", tmp_path)
     git("init", "-q")
     for seed, guided in ((0, 1.5), (0, 1.75), (1, 1.75)):
@@ -239,9 +246,10 @@ def test_the_right_digits_are_counted_by_what_was_asked_for(monkeypatch):
 def test_black_pixels_are_counted(monkeypatch):
     monkeypatch.setattr(quality, "two_sample_test", lambda images, real: 0.75)
     monkeypatch.setattr(quality, "mnist", lambda part: torch.zeros(2, 1, 2, 2).byte())
-    drawn = torch.tensor([0, 0, 0, 1]).byte().view(1, 1, 2, 2)
-    text = "\n".join(quality.told_apart(drawn))
-    assert "75.0% of the samples" in text and "100.0% of the test" in text
+    drawn = torch.tensor([0, 0, 1, 2, 3, 3, 3, 3]).byte().view(2, 1, 2, 2)
+    text = " ".join(quality.told_apart(drawn))
+    assert "25.0% of the samples" in text and "100.0% of the test" in text
+    assert "at most two of 255 levels brighter: 50.0% and 100.0%" in text
 
 
 def test_classification_accuracy_is_that_on_real_digits_of_what_was_learnt(monkeypatch):
