@@ -76,10 +76,11 @@ def main() -> None:
     explained = ["R: the Frechet distance of the samples, divided by that of the",
                  "training images. Recall: how much of the test images' variety the",
                  "samples have; as many training images have "
-                 f"{recall_of(mnist('train')[:args.samples]):.3f}. Right digit: the",
-                 "share that shows the digit asked for. Black: the share of the",
-                 "pixels; of the test images' it is "
+                 f"{recall_of(mnist('train')[:args.samples]):.3f}. Black: the share",
+                 "of the pixels; of the test images' it is "
                  f"{(mnist('t10k') == 0).float().mean():.1%}.",
+                 *["Right digit: the share that shows the digit asked for."]
+                 * bool(model.network["num_classes"]),
                  "Where there are several seeds: the mean, and each."]
     write_page(f"guidance_{args.model.stem}_{args.samples}", args,
                [*about_distance(args.samples, "of dpm_solver"), *about_unclear(),

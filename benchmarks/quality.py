@@ -159,6 +159,7 @@ def distances(drawn: Tensor) -> list[str]:
             row("R = FD / FD of training images", f"{relative:.3f}", "1.000"),
             *[row(measure, *(f"{median(found):.3f}" for found in zip(*judges)))
               for measure, judges in rows.items()], "",
+            "R is the median of the three classifiers' ratios, not the ratio of the medians.",
             f"FD of training images is the median of {len(floors[0])} sets, which are "
             f"at {median(map(min, floors)):.2f} to {median(map(max, floors)):.2f};",
             "their other measures are those of the first.", ""]
