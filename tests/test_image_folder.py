@@ -361,7 +361,7 @@ def test_of_processes_that_start_at_once_one_decodes(tmp_path):
     names = [f"{number}.png" for number in range(6)]
     write_images(tmp_path / "images", *names)
     (tmp_path / "go").touch()
-    assert start(tmp_path, "die").wait(1800) == 9
+    assert start(tmp_path, "die").wait(600) == 9
     for path in tmp_path.glob("go*"):
         path.unlink()
     (tmp_path / "log").unlink()
@@ -369,7 +369,7 @@ def test_of_processes_that_start_at_once_one_decodes(tmp_path):
     while len(list(tmp_path.glob("go*"))) < 2 and all(p.poll() is None for p in processes):
         time.sleep(0.01)
     (tmp_path / "go").touch()
-    outputs = [process.communicate(timeout=1800) for process in processes]
+    outputs = [process.communicate(timeout=600) for process in processes]
     expected = [np.asarray(Image.open(tmp_path / "images" / name))[0, 0] for name in names]
     for output, errors in outputs:
         assert f"pixels {[int(value) for value in expected]}" in output, errors

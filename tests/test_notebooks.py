@@ -102,7 +102,7 @@ def test_the_readmes_first_command_runs_all_notebooks_in_jupyter(tmp_path):
         nbformat.write(notebook, tmp_path / name)
         finished = subprocess.run(
             [sys.executable, "-m", "jupyter", "execute", "--output=ran", str(tmp_path / name)], text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=1800, cwd=ROOT)
+            env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=600, cwd=ROOT)
         assert finished.returncode == 0, finished.stderr
     assert {"x_0.png", "x_1.png"} == set(os.listdir(tmp_path / "generate"))
     assert {"grid.png", "classes.png"} == set(os.listdir(tmp_path / "generate_figures"))
@@ -361,7 +361,7 @@ def command_line(folder, *launcher, **parameters):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([sys.executable, *launcher, "run_notebook.py", "train.ipynb", *words], cwd=ROOT,
                           env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          timeout=1800)
+                          timeout=600)
 
 
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -401,8 +401,8 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused(tmp_path):
 
 def test_a_bad_parameter_is_one_line_and_a_mistake_in_the_code_has_its_traceback(tmp_path):
     finished = command_line(tmp_path, batch_size=0)
-    assert finished.returncode == 1 and "Traceback" not in finished.stdout
-    assert finished.stdout.endswith("ValueError: batch_size 0: must be a whole number of at least 1\n")
+    assert finished.returncode == 1
+    assert finished.stdout == "ValueError: batch_size 0: must be a whole number of at least 1\n"
     for mistake in ("int('x')", "{}['x']", "import json; json.loads('{')"):
         with pytest.raises((ValueError, KeyError)) as found:
             run_notebook.run_cell(mistake, "<train.ipynb, cell 1>", {})
@@ -418,7 +418,7 @@ def test_a_notebook_runs_in_its_folder_and_a_typed_path_is_from_where_one_is(tmp
              "--batch_size", "4", "--network", "{widths: [8]}", "--initial_weights", "None"]
     finished = subprocess.run([sys.executable, ROOT / "run_notebook.py", ROOT / words[0], *words[1:]],
                               cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1800)
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)
     assert finished.returncode == 0, finished.stdout
     assert {"model.pth", "figures"} <= set(os.listdir(tmp_path / "mine"))
     assert set(os.listdir(tmp_path)) == {"colours", "mine"}
