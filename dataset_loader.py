@@ -132,12 +132,10 @@ def read_idx_images(path: Path, settings: PixelSettings,
         numbers, labels = labels.unique(return_inverse=True)
         classes = [str(number) for number in numbers.tolist()]
         labels = labels[:max_images].repeat_interleave(1 + settings.flip).tolist()
-    images = images[:max_images]
+    pixels = images[:max_images, None].expand(-1, settings.channels, -1, -1)
     if images.shape[1:] != (settings.height, settings.width):
-        fitted = [np.asarray(fit_image(Image.fromarray(image), settings))
-                  for image in images.numpy()]
-        images = torch.from_numpy(np.stack(fitted))
-    pixels = images[:, None].expand(-1, settings.channels, -1, -1)
+        fitted = [fit_image(transforms.to_pil_image(image), settings) for image in pixels]
+        pixels = torch.stack([transforms.pil_to_tensor(image) for image in fitted])
     if settings.flip:
         pixels = torch.stack([pixels, pixels.flip(-1)], dim=1).flatten(0, 1)
     return {"pixels": pixels.contiguous(), "labels": labels, "classes": classes}

@@ -35,14 +35,14 @@ def draw_files(draw: Callable[[range], Tensor], images: range,
     `figures_folder`. Ctrl-C, Jupyter's Stop, SIGTERM and SIGHUP end it after the images
     at hand; what is drawn stays, and a line says how to go on.
     """
-    folder, figures, at_once = Path(output_dir), figures_folder(output_dir), AT_ONCE
+    folder, figures = Path(output_dir), figures_folder(output_dir)
     for path in (folder, figures):
         path.mkdir(parents=True, exist_ok=True)
     others = {path.name for path in folder.glob("x_*.png")}
-    with (hold_signals() as stopped, enough_memory("num_images", min(at_once, len(images))),
-          tqdm(total=len(images), unit=" images", disable=len(images) <= at_once) as bar):
-        for first in images[::at_once]:
-            batch = range(first, min(first + at_once, images.stop))
+    with (hold_signals() as stopped, enough_memory("num_images", min(AT_ONCE, len(images))),
+          tqdm(total=len(images), unit=" images", disable=len(images) <= AT_ONCE) as bar):
+        for first in images[::AT_ONCE]:
+            batch = range(first, min(first + AT_ONCE, images.stop))
             x0 = draw(batch)
             for i, image in zip(batch, to_image(x0.cpu())):
                 try:
@@ -50,8 +50,7 @@ def draw_files(draw: Callable[[range], Tensor], images: range,
                 except OSError as error:
                     if error.errno == errno.ENOSPC:  # a full disk: half a file is left
                         (folder / f"x_{i}.png").unlink(missing_ok=True)
-                    print(f"stopped after {i - images.start:,} of {len(images):,} images; the others: "
-                          f"first_image={i}, num_images={images.stop - i}")
+                    say_how_to_go_on(images, i)
                     raise
             if first == images.start:
                 grid = image_grid(x0, columns=round(len(x0)**0.5),
@@ -63,10 +62,14 @@ def draw_files(draw: Callable[[range], Tensor], images: range,
     drawn = range(images.start, batch.stop)
     print(f"x_{drawn[0]}.png to x_{drawn[-1]}.png are in {folder}, grid.png is in {figures}")
     if len(drawn) < len(images):
-        print(f"stopped after {len(drawn):,} of {len(images):,} images; the others: "
-              f"first_image={drawn.stop}, num_images={images.stop - drawn.stop}")
+        say_how_to_go_on(images, drawn.stop)
     others -= {f"x_{i}.png" for i in drawn}
     if others:
         print(f"{folder} also holds {len(others):,} images that were there before: "
               f"{', '.join(sorted(others)[:3])}{', ...' * (len(others) > 3)}")
     return grid
+
+
+def say_how_to_go_on(images: range, first: int) -> None:
+    print(f"stopped after {first - images.start:,} of {len(images):,} images; the others: "
+          f"first_image={first}, num_images={images.stop - first}")

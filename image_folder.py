@@ -37,7 +37,7 @@ FORMATS = tuple(name for name in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "
 BOMBS = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 MODES = {1: "L", 3: "RGB"}  # Pillow's names for grey and colour
 FIT_METHODS = ("crop", "pad", "squash")
-VERSION = 4  # of the cache: another one where the same files would give other content
+VERSION = 5  # of the cache: another one where the same files would give other content
 UNREADABLE = "cannot be read"  # the fault of the disk or of rights, not of the image
 
 
@@ -226,11 +226,11 @@ def in_eight_bits(image: Image.Image, bits: int) -> tuple[Image.Image, int]:
 
 
 def flatten(image: Image.Image, background: str) -> Image.Image:
-    """The picture as a viewer shows it, in grey or RGB, over `background`."""
+    """The picture as a viewer shows it, in RGB, over `background`."""
     if image.has_transparency_data:
         ground = Image.new("RGBA", image.size, background)
         image = Image.alpha_composite(ground, image.convert("RGBA"))
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+    return image.convert("RGB")
 
 
 def decode(name: str, folder: Path, settings: PixelSettings,
@@ -247,7 +247,7 @@ def decode(name: str, folder: Path, settings: PixelSettings,
                 image = ImageOps.exif_transpose(image)
             image, peak = in_eight_bits(image, bits)
             small = fit_image(flatten(image, settings.background), settings)
-        colours = np.asarray(small.convert("RGB"))
+        colours = np.asarray(small)
         pixels = np.atleast_3d(np.asarray(small.convert(MODES[settings.channels])))
         return pixels.transpose(2, 0, 1), FileRecord(
             name, "", size, mode,

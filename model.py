@@ -1,7 +1,7 @@
 """The U-Net: a noisy image x_t, its timestep t and perhaps a label -> the noise in x_t.
 
-The simple network stands first; to compute, it needs only `pad` and `zeroed` of what follows. The larger
-one, `LargerUnet`, is built by the same call, `U_net(...)`, where an argument is one that only it has.
+The simple network comes first; of what follows it uses `pad` and `zeroed` alone. The larger one,
+`LargerUnet`, is built by the same call, `U_net(...)`, where an argument is one that only it has.
 """
 
 import inspect
@@ -71,7 +71,7 @@ class U_net(nn.Module):
     """
 
     def __new__(cls, *_, **arguments):  # where an argument is one that only `LargerUnet` has, that is built
-        of_larger = set(arguments) & set(larger_arguments())
+        of_larger = arguments.keys() - inspect.signature(U_net.__init__).parameters.keys()
         return super().__new__(LargerUnet if cls is U_net and of_larger else cls)
 
     def __init__(self, device: str | torch.device = "cpu", in_channels: int = 1, t_dim: int = 256,
@@ -380,9 +380,3 @@ def default_arguments() -> dict:
     """The keyword-only arguments of both networks with their default values."""
     parameters = inspect.signature(LargerUnet.__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-def larger_arguments() -> list[str]:
-    """The names of the arguments that only the larger network has."""
-    return [name for name in default_arguments()
-            if name not in inspect.signature(U_net.__init__).parameters]

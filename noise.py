@@ -24,8 +24,8 @@ from recorded import recorded
 Predictor = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> predicted noise: a network
 SAMPLERS = ("ddpm", "ddim", "dpm_solver")
 BLOCK = 64  # images whose noise is drawn together; each always gets the same part
-RECORDING_PAYS = 6  # steps: for longer walks a GPU records the network once and replays it,
-FILLS_A_GPU = 400_000  # but not for batches of so many pixels, which gain nothing: benchmarks/speed_gpu.md
+RECORDING_PAYS = 6  # steps: on longer walks a GPU records the network once and replays it
+FILLS_A_GPU = 400_000  # pixels: batches of so many gain nothing by that (benchmarks/speed_gpu.md)
 
 
 class NoiseScheduler(nn.Module):
@@ -493,13 +493,14 @@ def class_number(label: str | int, classes: list[str]) -> int:
 
     Raises ValueError for a label that is none of `classes`.
     """
-    names = {int(name): name for name in reversed(classes) if name.isdecimal()} or dict(enumerate(classes))
-    name = str(label)
-    if name not in classes:
-        name = names.get(int(name) if name.isdecimal() else None)
-    if name is None:
-        raise ValueError(f"label {label!r}: choose from {', '.join(classes)}")
-    return classes.index(name)
+    name, numbers = str(label), list(range(len(classes)))
+    if name in classes:
+        return classes.index(name)
+    if any(map(str.isdecimal, classes)):  # the number 7 is the class "7" or "07", the seventh or not
+        numbers = [int(other) if other.isdecimal() else None for other in classes]
+    if name.isdecimal() and int(name) in numbers:
+        return numbers.index(int(name))
+    raise ValueError(f"label {label!r}: choose from {', '.join(classes)}")
 
 
 def gaussian_noise(like: Tensor, generator: Generators = None) -> Tensor:

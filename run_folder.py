@@ -23,8 +23,8 @@ SAME_DATA = {"pixels": "other images; resume with the same, in the same image_si
 class RunFolder:
     """A folder with `state.pth`, `model.pth`, `model_guide.pth`, `preview.png` and `loss.png`.
 
-    writes: whether this process writes there. It makes the folder and locks it while this object exists; the
-    system frees the lock of a process that dies.
+    writes: whether this process writes there. One that does makes the folder, and locks it while this object
+    exists; the system frees the lock of a process that dies.
     Raises ValueError where another run is writing there, OSError where the folder cannot be written.
     """
 

@@ -115,7 +115,7 @@ class Run:
             "device": self.device, "initial_weights": initial_weights and str(initial_weights)}
         self.losses, self.seconds, self.previews = [], 0.0, []
         self.folder = RunFolder(save_dir, writes=self.rank == 0)
-        self.earlier, self.guide_steps = None, 0
+        self.earlier, self.guide_steps = None, 0  # 0: no guide yet; None: it came with initial_weights
         if initial_weights is not None and not (resume and self.folder.state.exists()):
             self._start_from(Path(initial_weights).expanduser())
         self.training_step = TrainingStep(
@@ -233,19 +233,19 @@ class Run:
     # Between the steps
 
     def _meet(self, stopped: bool, preview: Callable | None, bar: tqdm) -> bool:
-        """Reads the losses since the last time, on all processes at once, and does what is due by the clock
-        of the first; returns whether the run is to stop."""
+        """Reads the losses since the last time, on all processes at once, and does what is due; returns
+        whether the run is to stop, which is where any process was told to. The first process's clock
+        decides when they meet again."""
         values = torch.stack(self._pending)  # (steps, 2)
         norms = values[:, 1].tolist()  # here the host waits for the device
-        now, count = time.perf_counter(), len(values)
-        due = [0.0] * 3
+        now, interval = time.perf_counter(), 0
+        saves, shows = now > self._save_at, self.seconds >= self._preview_at
         if self.rank == 0:
-            due = [float(max(1, min(500, int(count * READ_SECONDS / (now - self._clock))))),
-                   float(now > self._save_at), float(self.seconds >= self._preview_at)]
-        message = torch.cat([values[:, 0] / self.world, values.new_tensor([float(stopped), *due])])
+            interval = max(1, min(500, int(len(values) * READ_SECONDS / (now - self._clock))))
+        message = torch.cat([values[:, 0] / self.world, values.new_tensor([stopped, interval])])
         if self.world > 1:
             dist.all_reduce(message)
-        *losses, stops, interval, saves, shows = message.tolist()
+        *losses, stops, interval = message.tolist()
         self._pending.clear()
         self._check_losses(losses, norms)
         self.losses += losses

@@ -116,8 +116,8 @@ class TrainingStep:
             compiles = saved >= COMPILE_SECONDS  # by the whole run, so that a resumed one decides the same
             if compiles:
                 loss_of = compiled(loss_of)
-            print(f"the loss is {'compiled first' if compiles else 'not compiled'}, which takes about "
-                  f"{COMPILE_SECONDS} seconds and saves about {saved:.0f} in a run of this length")
+            print(f"the loss is {'' if compiles else 'not '}compiled: that takes about {COMPILE_SECONDS} "
+                  f"seconds, and saves about {saved:.0f} in a run of this length")
         self._over_processes = None
         if self.world > 1:
             loss_of = self._over_processes = DistributedDataParallel(LossModule(self.model, loss_of))

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -62,7 +63,7 @@ def command(args: argparse.Namespace) -> str:
         if value is not None:
             words += [] if name == "model" else [f"--{name.replace('_', '-')}"]
             words += value if isinstance(value, list) else [value]
-    return " ".join(map(str, words))
+    return shlex.join(map(str, words))
 
 
 def fingerprint(*paths: Path) -> list[str]:

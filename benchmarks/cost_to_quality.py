@@ -29,7 +29,7 @@ def plain(minutes: float, samples: int) -> list[tuple[float, int, float]]:
     recipe = Recipe()
 
     def run():
-        return [(seconds / 60, seen, distance(recipe, network, samples, bf16=False))
+        return [(seconds / 60, seen, distance(network, samples, bf16=False))
                 for seconds, seen, network, _
                 in train(recipe, 60 * minutes, PLAIN_LOOKS)]
     key = (asdict(recipe), minutes, PLAIN_LOOKS, samples, machine_in_words())
@@ -46,7 +46,7 @@ def ours(recipe: Recipe, minutes: float, samples: int) -> tuple[float, ...]:
                        in train(recipe, 60 * minutes, looks=(1 / 16, 1.0)))
         seconds, seen, network = late
         return seconds / 60, seen, *(
-            distance(recipe, network, samples, recipe.bf16, guide)
+            distance(network, samples, recipe.bf16, guide)
             for guide in (None, early[-1].eval()))
     return once("ours", (asdict(recipe), minutes, samples, machine_in_words()), run)
 

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 
@@ -63,8 +64,10 @@ def arguments() -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--parts", nargs="+", help="default: all")
-    parser.add_argument("--miniature", action="store_true")
+    parser.add_argument("--parts", nargs="+", choices=["tests", *parts(False)],
+                        help="default: all")
+    parser.add_argument("--miniature", action="store_true",
+                        help="overwrites the pages and pictures: git restore them")
     return parser.parse_args()
 
 
@@ -82,10 +85,12 @@ def main() -> None:
                                      env=os.environ | {"OMP_NUM_THREADS": "4"})
     for name in args.parts or chosen:
         left = 60 * args.minutes - (perf_counter() - start)
-        if name in chosen and left > 5:
+        if name != "tests" and left > 5:
             run_part(name, chosen[name], args.out, left)
     if tests:
-        tests.wait(max(1, 60 * args.minutes - (perf_counter() - start)))
+        with suppress(subprocess.TimeoutExpired):
+            tests.wait(max(1, 60 * args.minutes - (perf_counter() - start)))
+        tests.kill()
         print(*(args.out / "tests.log").read_text().splitlines()[-30:], sep="\n")
     for page in (ROOT / "benchmarks").glob("*.md"):
         if pages.get(page) != page.read_text():

@@ -11,9 +11,10 @@ from statistics import median
 
 from common import header, mean_and_each, row, write_page
 from measure import (GUIDES, JUDGES, about_distance, about_unclear,
-                     checkpoint_arguments, classifier, distances_to_test, drawn_once,
-                     features, guide_path, load_model, mean_probabilities, mnist,
-                     relative_distance, right_digits, unclear)
+                     checkpoint_arguments, classifier, default_guide,
+                     distances_to_test, drawn_once, features, load_model,
+                     mean_probabilities, mnist, relative_distance, right_digits,
+                     unclear)
 from quality import recall
 from torch import Tensor
 
@@ -29,7 +30,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--spacing", type=float, nargs="+", default=[1.0, 1.5])
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 15])
     args = parser.parse_args()
-    args.guide = args.guide or [GUIDES[not guide_path(args.model).exists()]]
+    args.guide = args.guide or [default_guide(args.model)]
     return args
 
 

@@ -17,8 +17,8 @@ from time import monotonic
 import torch
 from torch import Tensor, nn
 
-from common import (device, fingerprint, header, once, parser_of, row,
-                    write_page)
+from common import (device, fingerprint, header, machine_in_words, once, parser_of,
+                    row, write_page)
 from measure import load_model, mnist, mnist_labels
 
 from model import U_net
@@ -281,7 +281,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model = load_model(argparse.Namespace(model=args.model, precision="fp32"))
-    key = (args.images, args.training, args.seed, *fingerprint(args.model))
+    key = (args.images, args.training, args.seed, *fingerprint(args.model),
+           machine_in_words())
 
     def found(*more, network):
         kept = once("likelihood", (*key, *more), lambda: [measured(args, network())])

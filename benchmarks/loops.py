@@ -48,11 +48,6 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def uniform_timesteps(count: int, rng: torch.Generator) -> Tensor:
-    """A random timestep of 1000 for each image, as train.ipynb draws them."""
-    return torch.randint(1000, (count,), generator=rng, device=device)
-
-
 def plain_loss(model: nn.Module, scheduler: NoiseScheduler) -> Callable[..., Tensor]:
     """The mean squared error of the predicted noise: Eq. 14 of Ho et al. 2020."""
     def loss_of(x0: Tensor, noise: Tensor, t: Tensor, *label: Tensor) -> Tensor:
@@ -87,13 +82,13 @@ def plain_steps(network: nn.Module, batches: Iterable[Batch], *,
         start = time.perf_counter()
 
 
-def run_steps(run: Run, loss_of: Callable[..., Tensor],
-              timesteps: Callable[..., Tensor] = uniform_timesteps) -> Iterator[None]:
+def run_steps(run: Run, loss_of: Callable[..., Tensor]) -> Iterator[None]:
     """The loop of train.ipynb: yields after each of the run's steps.
 
-    loss_of(x0, noise, t[, label]); timesteps(count, rng) draws those of a batch.
+    loss_of: a function of (x0, noise, t), and of the labels where the run has them.
     """
     for x0, label in run.batches():
-        t, noise = timesteps(len(x0), run.rng), gaussian_noise(x0, run.rng)
+        t = torch.randint(1000, (len(x0),), generator=run.rng, device=device)
+        noise = gaussian_noise(x0, run.rng)
         run.step(loss_of, x0, noise, t, *(() if label is None else (label,)))
         yield

@@ -100,7 +100,7 @@ def load_model(args: argparse.Namespace) -> U_net:
         kept = guide_path(args.model).exists()
         args.guidance = model.metadata.get("guidance", 1) if kept else 1
     if getattr(args, "guide", "") is None:
-        args.guide = GUIDES[not guide_path(args.model).exists()]
+        args.guide = default_guide(args.model)
     return model
 
 
@@ -109,17 +109,20 @@ def guide_path(path: Path) -> Path:
     return path.with_stem(f"{path.stem}_guide")
 
 
+def default_guide(path: Path) -> str:
+    """The guide that generate_image.ipynb takes for a checkpoint."""
+    return "early" if guide_path(path).exists() else "unlabelled"
+
+
 def guide_of(path: Path, model: U_net, guide: str) -> U_net:
     """The guide of a checkpoint: the "early" network beside it, or the "unlabelled"
-    one, which is the network itself. Raises ValueError where it has no such guide."""
-    if guide == "unlabelled" and model.network["num_classes"]:
-        return model
-    if guide == "early" and guide_path(path).exists():
+    one, which is the network itself. Raises FileNotFoundError where there is no early
+    one, and ValueError where the network knows no labels."""
+    if guide == "early":
         return ready(guide_path(path))
-    why = ("the network knows no labels" if guide == "unlabelled" else
-           f"there is no {guide_path(path)}" if guide == "early" else
-           f"choose from {', '.join(GUIDES)}")
-    raise ValueError(f"guide {guide!r}: {why}")
+    if not model.network["num_classes"]:
+        raise ValueError(f"guide {guide!r}: {path} knows no labels")
+    return model
 
 
 # Drawing
@@ -132,12 +135,11 @@ class Drawn(NamedTuple):
     seconds: float
 
 
-def labels_of(model: U_net, images: range, seed: int,
-              label: str | int | list | None = None) -> Tensor | None:
+def labels_of(model: U_net, images: range, seed: int) -> Tensor | None:
     """The labels with which generate_image.ipynb draws these images, (N,) int64."""
     classes = model.metadata.get("classes", [])
     counts = model.metadata.get("class_counts", [])
-    return image_labels(label, seed, images, classes, counts)
+    return image_labels(None, seed, images, classes, counts)
 
 
 def predictor(model: U_net, label: Tensor | None, guide: U_net | None = None,
@@ -147,24 +149,21 @@ def predictor(model: U_net, label: Tensor | None, guide: U_net | None = None,
     predict = partial(model, label=label)
     if guidance == 1:
         return predict
-    if guide is None or (guide is model and label is None):
-        raise ValueError(f"guidance {guidance}: needs a guide; an early network, or the"
-                         " network itself where it knows labels")
     weaker = model if guide is model else partial(guide, label=label)
     return autoguided(predict, weaker, guidance)
 
 
-def draw(model: U_net, images: range, seed: int, num_steps: int,
-         sampler: str = "dpm_solver", *, label: str | int | list | None = None,
-         guide: U_net | None = None, guidance: float = 1.0, spacing: float = 1.0,
-         precision: str = "fp32", batch_size: int = AT_ONCE,
-         denoise: Callable | None = None, **options) -> Drawn:
+def draw(model: U_net, images: range, seed: int, num_steps: int | None,
+         sampler: str = "dpm_solver", *, guide: U_net | None = None,
+         guidance: float = 1.0, spacing: float = 1.0, precision: str = "fp32",
+         batch_size: int = AT_ONCE, denoise: Callable | None = None,
+         **options) -> Drawn:
     """The images of one seed, as generate_image.ipynb draws them.
 
-    label: a class or a list of them; None: each image draws its own, as frequent as in
-    the training data. guide, guidance: see `predictor`; the last prediction, which is
-    the image, is the network's own. denoise: takes the place of
-    `NoiseScheduler.denoise`; options are its own, such as `eta`.
+    Each image draws its own label, as frequent as in the training data. guide,
+    guidance: see `predictor`; the last prediction, which is the image, is the network's
+    own. denoise: takes the place of `NoiseScheduler.denoise`; options are its own, such
+    as `eta`.
     """
     if denoise is None:
         scheduler = NoiseScheduler(**model.metadata["noise_schedule"], device=device)
@@ -173,8 +172,8 @@ def draw(model: U_net, images: range, seed: int, num_steps: int,
     size = [size] * 2 if isinstance(size, int) else size
     shape = (model.network["in_channels"], *size)
     start, drawn = time.perf_counter(), []
-    labels = labels_of(model, images, seed, label)
-    name = f"{sampler}, {num_steps} steps"
+    labels = labels_of(model, images, seed)
+    name = f"{sampler}, {num_steps or 'all'} steps"
     for first in tqdm(range(0, len(images), batch_size), name, leave=False):
         batch = images[first:first + batch_size]
         asked = None if labels is None else labels[first:first + batch_size].to(device)
@@ -192,27 +191,36 @@ def draw(model: U_net, images: range, seed: int, num_steps: int,
 
 
 def drawn_once(path: Path, model: U_net, images: range, seed: int, num_steps: int,
-               sampler: str = "dpm_solver", *, guide: str = "early",
-               guidance: float = 1.0, **options) -> Drawn:
-    """`draw`, kept in the cache under everything that decides the pictures and the
-    time, so that a stopped benchmark goes on. guide: "early" or "unlabelled"."""
-    early = guidance != 1 and guide == "early"
-    if guidance != 1 and not early:
-        options["guide"] = guide
-    for name, default in (("label", None), ("spacing", 1.0)):
-        if options.get(name, default) == default:  # the same as an option not given
-            options.pop(name, None)
-    decides = [*fingerprint(path, *[guide_path(path)] * early), images, seed, num_steps,
-               sampler, guidance, sorted(options.items()), machine_in_words()]
+               sampler: str = "dpm_solver", **options) -> Drawn:
+    """`draw`, with each thousand images kept in the cache, so that a stopped benchmark
+    goes on. options: see `thousand_drawn_once`."""
+    parts = [thousand_drawn_once(path, model, images[first:first + 1000], seed,
+                                 num_steps, sampler, **options)
+             for first in range(0, len(images), 1000)]
+    labels = labels_of(model, images, seed)
+    return Drawn(torch.cat([pixels for pixels, _ in parts]), labels,
+                 sum(seconds for _, seconds in parts))
+
+
+def thousand_drawn_once(path: Path, model: U_net, images: range, seed: int,
+                        num_steps: int, sampler: str, *, guide: str = "early",
+                        guidance: float = 1.0, spacing: float = 1.0,
+                        **options) -> tuple[Tensor, float]:
+    """The pixels of `draw` and its seconds, from the cache where it holds them, under
+    everything that decides the pictures and the time. guide: "early" or
+    "unlabelled"."""
+    guide = None if guidance == 1 else guide
+    files = (path, guide_path(path)) if guide == "early" else (path,)
+    decides = [*fingerprint(*files), images, seed, num_steps, sampler, guide, guidance,
+               spacing, sorted(options.items()), machine_in_words()]
     kept = CACHE / f"samples_{hashlib.md5(repr(decides).encode()).hexdigest()[:16]}.pth"
     if not kept.exists():
-        options["guide"] = None if guidance == 1 else guide_of(path, model, guide)
         pixels, _, seconds = draw(model, images, seed, num_steps, sampler,
-                                  guidance=guidance, **options)
+                                  guide=guide and guide_of(path, model, guide),
+                                  guidance=guidance, spacing=spacing, **options)
         save_checkpoint({"pixels": pixels, "seconds": seconds}, kept)
     state = load_checkpoint(kept)
-    labels = labels_of(model, images, seed, options.get("label"))
-    return Drawn(state["pixels"], labels, state["seconds"])
+    return state["pixels"], state["seconds"]
 
 
 # The judges

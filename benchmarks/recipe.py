@@ -3,9 +3,9 @@ time.
 
     python benchmarks/recipe.py --table down --minutes 10
 
---table up: from the plain recipe up. down: from that of train.ipynb down. long, simple:
-whether the learning rate should fall in longer runs, of the larger and the simple
-network. Writes benchmarks/recipe_TABLE_MINUTES.md.
+--table down: changes to that of train.ipynb. long, simple: whether the learning rate
+should fall in longer runs, of the larger and the simple network. Writes
+benchmarks/recipe_TABLE_MINUTES.md.
 """
 
 import math
@@ -17,12 +17,12 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from common import (device, header, machine_in_words, mean_and_each, once, parser_of,
                     process_pool, row, write_page)
-from loops import Images, QuietRun, run_steps, uniform_timesteps
+from loops import Images, QuietRun, run_steps
 from measure import (JUDGES, about_distance, classifier, distance_to_test, draw, mnist,
                      training_distance)
 
@@ -41,44 +41,17 @@ class Recipe:
     ema: float = 0.0  # decay that the average of the weights reaches; 0: none
     bf16: bool = False
     channels_last: bool = False
-    stratified: bool = False  # a timestep of each of batch_size equal parts
     min_snr: float = 0.0  # gamma of Hang et al. 2023; 0: the plain loss
-    target: str = "noise"  # or "velocity"
-    beta_end: float = 0.02
     network: dict = field(default_factory=dict)
-
-
-def changed(recipe: Recipe, network: dict | None = None, **change) -> Recipe:
-    """The recipe with a change, in its network too: what is not named there stays."""
-    return replace(recipe, network=recipe.network | (network or {}), **change)
 
 
 LARGE = {"widths": (64,), "blocks": 2, "bottleneck": 128, "attention": 3,
          "normalise": True, "patch": 2}
-WHOLE = {"widths": (32, 64), "bottleneck": 128, "attention": 2, "normalise": True}
-STAGES = [  # the network decides most
-    {"normalised blocks": {"network": {"normalise": True}},
-     "patches of 2 x 2, attention": {"network": LARGE},
-     "whole resolution, attention": {"network": WHOLE}},
-    {"learning rate 3e-4": {"learning_rate": 3e-4},
-     "learning rate 1e-3": {"learning_rate": 1e-3},
-     "learning rate 2e-3": {"learning_rate": 2e-3}},
-    {"channels_last": {"channels_last": True},
-     "channels_last, bf16": {"channels_last": True, "bf16": True}},
-    {"cosine decay": {"decay": "cosine"}, "EMA 0.999": {"ema": 0.999},
-     "cosine decay, EMA 0.999": {"decay": "cosine", "ema": 0.999}},
-    {"batch 32": {"batch_size": 32}, "batch 16": {"batch_size": 16}},
-    {"stratified timesteps": {"stratified": True}, "min-SNR 5": {"min_snr": 5.0},
-     "velocity": {"target": "velocity"}, "beta to 0.015": {"beta_end": 0.015}},
-    {"one level of 32": {"network": {"widths": (32,), "bottleneck": 64}},
-     "one level of 96": {"network": {"widths": (96,), "bottleneck": 192}},
-     "one block a level": {"network": {"blocks": 1}},
-     "dropout 0.1": {"network": {"dropout": 0.1}}}]
-
 TRAIN_IPYNB = Recipe(learning_rate=1e-3, decay="cosine", batch_size=32, ema=0.999,
                      channels_last=True, min_snr=5.0, network=LARGE)
 # narrower, because a few minutes do not fill a wide network
-QUICK = changed(TRAIN_IPYNB, batch_size=16, network={"widths": (32,), "bottleneck": 64})
+QUICK = replace(TRAIN_IPYNB, batch_size=16,
+                network=LARGE | {"widths": (32,), "bottleneck": 64})
 SIMPLE = replace(TRAIN_IPYNB, network={})
 PLAIN_LOSS = {"min_snr": 0.0}
 DECAY = {"cosine with warm-up": {}, "constant learning rate": {"decay": "constant"}}
@@ -89,50 +62,20 @@ DOWN = {"the plain loss": PLAIN_LOSS,
 CHANGES = {"down": (QUICK, DOWN), "long": (QUICK, DECAY), "simple": (SIMPLE, DECAY)}
 
 
-def velocity(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """v = √ᾱ ε - √(1-ᾱ) x_0 (Salimans and Ho 2022)."""
-    return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
-
-
-class NoiseOfVelocity(nn.Module):
-    """The noise that a network of the velocity sees: ε = √ᾱ v + √(1-ᾱ) x_t."""
-
-    def __init__(self, velocity: U_net, alpha_bar: Tensor):
-        super().__init__()
-        self.velocity, self.alpha_bar = velocity, alpha_bar
-        self.network, self.metadata = velocity.network, velocity.metadata
-
-    def forward(self, x: Tensor, t: Tensor, label: None = None) -> Tensor:
-        alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
-        v = self.velocity(x, t).float()
-        return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * x
-
-
 def loss_function(recipe: Recipe, model: U_net, scheduler: NoiseScheduler,
                   ) -> Callable[..., Tensor]:
-    """The loss of a recipe: of the noise, as in train.ipynb, or of the velocity."""
+    """The loss of a recipe: of the noise, as in train.ipynb."""
     snr = scheduler.alpha_bar / (1 - scheduler.alpha_bar)
     weight = torch.ones_like(snr)
     if recipe.min_snr:
-        weight = snr.clamp(max=recipe.min_snr)
-        weight = weight / (snr if recipe.target == "noise" else snr + 1)
-
+        weight = snr.clamp(max=recipe.min_snr) / snr
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
 
     def loss_of(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         x0, noise = (x.clone(memory_format=layout) for x in (x0, noise))
-        prediction = model(scheduler.add_noise(x0, noise, t), t)
-        alpha_bar = scheduler.alpha_bar[t].view(-1, 1, 1, 1)
-        target = noise if recipe.target == "noise" else velocity(x0, noise, alpha_bar)
-        return (weight[t] * (prediction - target).square().mean(dim=(1, 2, 3))).mean()
+        noise_pred = model(scheduler.add_noise(x0, noise, t), t)
+        return (weight[t] * (noise_pred - noise).square().mean(dim=(1, 2, 3))).mean()
     return loss_of
-
-
-def stratified_timesteps(count: int, rng: torch.Generator) -> Tensor:
-    """A random timestep of each of so many equal parts of 0 ... 999."""
-    part = torch.arange(count, device=device)
-    t = (part + torch.rand(count, generator=rng, device=device)) / count * 1000
-    return t.long().clamp(max=999)
 
 
 def train(recipe: Recipe, seconds: float, looks: tuple[float, ...] = (1.0,),
@@ -149,8 +92,8 @@ def train(recipe: Recipe, seconds: float, looks: tuple[float, ...] = (1.0,),
     clock = time.process_time if device == "cpu" else time.perf_counter
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     model = U_net(device, **recipe.network).to(memory_format=layout)
-    model.metadata = {"image_size": 28, "noise_schedule": {"beta_end": recipe.beta_end}}
-    scheduler = NoiseScheduler(beta_end=recipe.beta_end, device=device)
+    model.metadata = {"image_size": 28, "noise_schedule": {}}
+    scheduler = NoiseScheduler(device=device)
     elapsed, looks = 0.0, [look * seconds for look in looks]
 
     def factor(step):
@@ -166,8 +109,7 @@ def train(recipe: Recipe, seconds: float, looks: tuple[float, ...] = (1.0,),
                        precision="bf16" if recipe.bf16 else "fp32")
         step = run.training_step
         step.lr_schedule = LambdaLR(step.optimizer, factor)  # of the time, not the step
-        timesteps = stratified_timesteps if recipe.stratified else uniform_timesteps
-        steps = run_steps(run, loss_function(recipe, model, scheduler), timesteps)
+        steps = run_steps(run, loss_function(recipe, model, scheduler))
         start = clock()
         for _ in steps:
             elapsed, start = elapsed + clock() - start, clock()
@@ -180,14 +122,12 @@ def train(recipe: Recipe, seconds: float, looks: tuple[float, ...] = (1.0,),
         steps.close()
 
 
-def distance(recipe: Recipe, network: U_net, samples: int, bf16: bool,
-             guide: U_net | None = None) -> float:
+def distance(network: U_net, samples: int, bf16: bool, guide: U_net | None = None,
+             ) -> float:
     """Frechet distance to the test images of samples in ten steps of dpm_solver, with a
     guidance of 1.5 if there is a guide."""
     network.eval()
-    alpha_bar = NoiseScheduler(beta_end=recipe.beta_end, device=device).alpha_bar
-    model = network if recipe.target == "noise" else NoiseOfVelocity(network, alpha_bar)
-    drawn = draw(model, range(samples), 0, 10, precision="bf16" if bf16 else "fp32",
+    drawn = draw(network, range(samples), 0, 10, precision="bf16" if bf16 else "fp32",
                  guide=guide, guidance=1.0 if guide is None else 1.5)
     network.train()
     return distance_to_test(drawn.pixels)
@@ -202,8 +142,8 @@ def result(recipe: Recipe, minutes: float, samples: int, bf16: bool, seed: int =
     def run():
         try:
             (_, seen, model, average), = train(recipe, 60 * minutes, seed=seed)
-            found = distance(recipe, average, samples, bf16)
-            last = distance(recipe, model, samples, bf16) if recipe.ema else found
+            found = distance(average, samples, bf16)
+            last = distance(model, samples, bf16) if recipe.ema else found
             return found, last, seen
         except FloatingPointError:  # the gradient is not finite, or the loss has grown
             return math.inf, math.inf, 0
@@ -215,40 +155,12 @@ def result(recipe: Recipe, minutes: float, samples: int, bf16: bool, seed: int =
     return tuple(once("recipe", key, run))
 
 
-def up(submit: Callable[..., Future], seeds: int) -> list[str]:
-    """The text and table from the plain recipe up, in lines."""
-    plain = [submit(Recipe(), seed) for seed in range(seeds)]
-    best, best_distance = Recipe(), plain[0].result()[0]
-    margin = 0.97  # what is less than three per cent better may be chance
-    rows = []
-    for stage in STAGES:
-        candidates = {name: changed(best, **change) for name, change in stage.items()}
-        futures = {name: submit(recipe) for name, recipe in candidates.items()}
-        found = {name: future.result() for name, future in futures.items()}
-        winner = min(found, key=found.get)
-        wins = found[winner][0] < margin * best_distance
-        rows += [(name, *run, "stays" if wins and name == winner else "")
-                 for name, run in found.items()]
-        print(*rows[-len(stage):], sep="\n", flush=True)
-        if wins:
-            best, best_distance = candidates[winner], found[winner][0]
-    rows = [(f"the plain recipe, seed {seed}", *run.result(), "")
-            for seed, run in enumerate(plain)] + rows
-    rows.append(("all that stays, seed 1", *submit(best, seed=1).result(), ""))
-    return ["Each row is a run on one core, seed 0 where no other is named: the recipe",
-            "so far with one change. Of each group of changes the best stays where it",
-            "wins by 3 %. At the end all that stays with another seed.", "",
-            *header("change", "Frechet distance", "images seen", ""),
-            *[row(name, f"{found:.2f}", f"{seen:,}", stays)
-              for name, found, _, seen, stays in rows]]
-
-
 def with_seeds(recipe: Recipe, changes: dict[str, dict], submit: Callable[..., Future],
                seeds: int) -> list[str]:
     """The text and table of changes to the recipe of train.ipynb, each with several
     seeds, in lines."""
     recipe = replace(recipe, bf16=bf16_is_native(device))
-    futures = {name: [submit(changed(recipe, **change), seed) for seed in range(seeds)]
+    futures = {name: [submit(replace(recipe, **change), seed) for seed in range(seeds)]
                for name, change in changes.items()}
     table = header("change", "Frechet distance of the average", "of the last weights",
                    "images seen")
@@ -270,11 +182,10 @@ def with_seeds(recipe: Recipe, changes: dict[str, dict], submit: Callable[..., F
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--table", choices=("up", *CHANGES), required=True)
+    parser.add_argument("--table", choices=CHANGES, required=True)
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, default=3,
-                        help="runs of each recipe; of --table up, of the plain one")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each recipe")
     parser.add_argument("--processes", type=int,
                         default=os.cpu_count() if device == "cpu" else 1,
                         help="how many runs at a time, each on one core")
@@ -287,11 +198,10 @@ def main() -> None:
     training_distance(args.samples)
     bf16 = bf16_is_native(device)
     with process_pool(args.processes) as pool:
-        def submit(recipe: Recipe, seed: int = 0) -> Future:
+        def submit(recipe: Recipe, seed: int) -> Future:
             return pool.submit(result, recipe, args.minutes, args.samples, bf16, seed)
 
-        table = (up(submit, args.seeds) if args.table == "up" else
-                 with_seeds(*CHANGES[args.table], submit, args.seeds))
+        table = with_seeds(*CHANGES[args.table], submit, args.seeds)
     how = "in 10 steps of dpm_solver"
     write_page(f"recipe_{args.table}_{args.minutes:g}", args,
                [*about_distance(args.samples, how), *table], ".")

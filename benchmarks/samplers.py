@@ -2,7 +2,7 @@
 
     python benchmarks/samplers.py Save_model/model_DDPM_large.pth
 
-Writes benchmarks/samplers_MODEL.md and Assets/samplers_MODEL.png.
+Writes benchmarks/samplers_MODEL_SAMPLES.md and Assets/samplers_MODEL_SAMPLES.png.
 """
 
 import argparse
@@ -30,8 +30,11 @@ def measured(args: argparse.Namespace, model: U_net) -> list[tuple]:
     """Of each sampler and number of steps: name, steps, evaluations, distance."""
     found = []
     for steps in args.steps:  # the cheap rows first
-        for name, (sampler, options) in SAMPLERS.items():
-            guided = name == GUIDED and args.guidance != 1
+        for name in args.samplers or SAMPLERS:
+            sampler, options = SAMPLERS[name]
+            guided = name == GUIDED
+            if guided and args.guidance == 1:  # there is no guide
+                continue
             if steps == 1000 and name != "ddpm":  # the whole walk is that of the paper
                 continue
             if guided:
@@ -60,10 +63,10 @@ def costs(args: argparse.Namespace, model: U_net) -> list[str]:
     guide = None if args.guidance == 1 else guide_of(args.model, model, args.guide)
     quick = median(draw(model, range(25), 0, STEPS, precision=args.precision,
                         guide=guide, guidance=args.guidance).seconds for _ in range(3))
-    slow = draw(model, range(3), 0, 1000, "ddpm", batch_size=1).seconds / 3
+    slow = draw(model, range(3), 0, None, "ddpm", batch_size=1).seconds / 3
     return [f"25 digits in {STEPS} steps of dpm_solver guided by {args.guidance:g} "
             f"take {quick:.2f} s; one at a time",
-            f"through 1000 steps of ddpm in fp32, a digit takes {slow:.1f} s. The "
+            f"through all steps of ddpm in fp32, a digit takes {slow:.1f} s. The "
             "evaluations are what costs:",
             "the arithmetic of dpm_solver takes "
             f"{overhead(model, 20, args.precision):.1%} of the network's time."]
@@ -72,6 +75,7 @@ def costs(args: argparse.Namespace, model: U_net) -> list[str]:
 def main() -> None:
     parser = checkpoint_arguments(__doc__, guided=True)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50, 1000])
+    parser.add_argument("--samplers", choices=SAMPLERS, nargs="+", help="default: all")
     args = parser.parse_args()
     model = load_model(args)
     found = measured(args, model)
@@ -79,14 +83,15 @@ def main() -> None:
     table += [row(name, steps, evaluations, f"{distance:.2f}")
               for name, steps, evaluations, distance in sorted(found)]
     sets = sorted(map(median, training_distances(args.samples)))
-    write_page(f"samplers_{args.model.stem}", args, [
+    page = f"samplers_{args.model.stem}_{args.samples}"
+    write_page(page, args, [
         *about_distance(args.samples),
         f"The {len(sets)} sets are at {sets[0]:.2f} to {sets[-1]:.2f}.", "", *table, "",
         *costs(args, model)], ":")
-    curves = {name: [(evaluations, distance)
-                     for sampler, _, evaluations, distance in found if sampler == name]
-              for name in SAMPLERS}
-    plot_distances(f"samplers_{args.model.stem}", "evaluations of the network", curves,
+    curves = {}
+    for name, _, evaluations, distance in found:
+        curves.setdefault(name, []).append((evaluations, distance))
+    plot_distances(page, "evaluations of the network", curves,
                    training_distance(args.samples))
 
 

@@ -82,7 +82,8 @@ def main() -> None:
     for steps in args.steps:
         for name, options in SOLVERS.items():
             key = (name, steps, args.samples, args.seed, args.precision,
-                   fingerprint(args.model)[0], machine_in_words())
+                   fingerprint(args.model)[0], diffusers.__version__,
+                   machine_in_words())
             found[name] += once("solvers", key, lambda: [distance_to_test(draw(
                 model, range(args.samples), args.seed, steps, precision=args.precision,
                 **options).pixels)])

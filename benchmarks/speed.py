@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from common import ROOT, device, header, once, parser_of, row, write_page
+from common import (ROOT, device, header, machine_in_words, once, parser_of, row,
+                    write_page)
 from loops import (Batch, Images, QuietRun, plain_loss, plain_steps, run_steps,
                    wait)
 from measure import mnist
@@ -159,7 +160,7 @@ def training_table(pixels: Tensor, batch_size: int, repetitions: int) -> list[st
             rate = batch_size / plain_seconds(Images(pixels) if cached else files,
                                               batch_size, repetitions, **options)
             plain = plain or rate
-            kept = bf16 or name != "+ bf16"  # where it does not gain, go on without
+            kept = bf16 or name != "+ bf16"  # which a processor without it emulates, slowly
             chosen = tried if kept else chosen
             table.append(row(name if kept else f"{name}, not kept", f"{rate:.0f}",
                              f"{rate / plain:.2f}"))
@@ -295,7 +296,8 @@ def parity(pixels: Tensor, batch_size: int) -> list[str]:
     losses = {}
     for how in (plain_loss_at_end, our_loss_at_end):
         for seed in SEEDS:  # no matter of time, so it is kept in the cache
-            key = (how.__name__, seed, PARITY_STEPS, batch_size, PRECISION)
+            key = (how.__name__, seed, PARITY_STEPS, batch_size, PRECISION,
+                   machine_in_words())
             losses.setdefault(how, []).extend(once("parity", key, lambda: [
                 how(pixels[:count], batch_size, PARITY_STEPS, seed)]))
             print(how.__name__, seed, losses[how][-1], flush=True)

@@ -26,15 +26,14 @@ import likelihood  # noqa: E402
 import measure  # noqa: E402
 import quality  # noqa: E402
 import recipe as recipes  # noqa: E402
+import samplers  # noqa: E402
 from common import command, mean_and_each, once, write_page  # noqa: E402
 from loops import Images, QuietRun, plain_loss, plain_steps, run_steps  # noqa: E402
 from measure import (Classifier, draw, drawn_once, frechet_distance,  # noqa: E402
-                     guide_of, load_model, loss_on_test_images, predictor,
-                     right_digits, unclear)
+                     guide_of, load_model, loss_on_test_images, right_digits, unclear)
 from quality import (kernel_distance, manifold_measures, nearest,  # noqa: E402
                      two_sample_test)
-from recipe import (TRAIN_IPYNB, NoiseOfVelocity, Recipe, loss_function,  # noqa: E402
-                    stratified_timesteps, train, velocity)
+from recipe import TRAIN_IPYNB, Recipe, loss_function, train  # noqa: E402
 
 from checkpoint import save_checkpoint  # noqa: E402
 from model import U_net  # noqa: E402
@@ -149,25 +148,6 @@ def test_kernel_distance_is_that_of_features_with_a_mean_square_of_one():
                    for xy in ((3, 4), (0, 0)))
     found = kernel_distance(TwoFeatures(), zero, point)
     assert found == pytest.approx(1000 * (2**3 + 1 - 2 * 1))
-
-
-def test_the_velocity_gives_its_noise_back():
-    scheduler, t = NoiseScheduler(), torch.tensor([0, 300, 999])
-    x0, noise = torch.randn(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    alpha_bar = scheduler.alpha_bar[t].view(-1, 1, 1, 1)
-    angle = alpha_bar.sqrt().arccos()
-    expected = angle.cos() * noise - angle.sin() * x0  # Salimans and Ho 2022, section 4
-    found = velocity(x0, noise, alpha_bar)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-    class Velocity(torch.nn.Module):
-        network = metadata = {}
-
-        def forward(self, x, t):
-            return expected
-    noise_of = NoiseOfVelocity(Velocity(), scheduler.alpha_bar)
-    found = noise_of(scheduler.add_noise(x0, noise, t), t)
-    torch.testing.assert_close(found, noise, rtol=1e-4, atol=1e-4)
 
 
 def test_precision_recall_density_and_coverage_count_neighbours():
@@ -390,11 +370,10 @@ def test_the_bound_takes_each_step_once():
 
 # Drawing
 
-@pytest.mark.parametrize("num_classes, early, guidance, label", [
-    (10, True, 1.5, None), (10, False, 2.0, [3, 1]), (10, True, 1.0, 7),
-    (0, True, 1.25, None)])
+@pytest.mark.parametrize("num_classes, early, guidance", [
+    (10, True, 1.5), (10, False, 2.0), (10, True, 1.0), (0, True, 1.25)])
 def test_draw_draws_what_the_notebook_draws(tmp_path, monkeypatch, num_classes, early,
-                                            guidance, label):
+                                            guidance):
     model, guide = small_network(0, num_classes), small_network(1, num_classes)
     for network in (model, guide):
         network.metadata["noise_schedule"] = SCHEDULE | {"num_timesteps": 16}
@@ -403,17 +382,16 @@ def test_draw_draws_what_the_notebook_draws(tmp_path, monkeypatch, num_classes, 
     if early:
         save_checkpoint(guide.state_dict(), measure.guide_path(path))
     run_notebook(Path(measure.ROOT, "generate_image.ipynb"), {
-        "model_path": str(path), "num_images": 5, "label": label, "seed": 3,
-        "num_steps": 4, "guidance": guidance, "precision": "fp32",
-        "output_dir": str(tmp_path)})
+        "model_path": str(path), "num_images": 5, "seed": 3, "num_steps": 4,
+        "guidance": guidance, "precision": "fp32", "output_dir": str(tmp_path)})
     guide = guide_of(path, model, "early" if early else "unlabelled")
-    found = draw(model, range(5), 3, 4, label=label, guide=guide, guidance=guidance)
+    found = draw(model, range(5), 3, 4, guide=guide, guidance=guidance)
     files = [np.array(Image.open(tmp_path / f"x_{i}.png")) for i in range(5)]
     assert torch.equal(found.pixels[:, 0], torch.from_numpy(np.stack(files)))
-    part = draw(model, range(2, 4), 3, 4, label=label, guide=guide, guidance=guidance)
+    part = draw(model, range(2, 4), 3, 4, guide=guide, guidance=guidance)
     assert (part.pixels.int() - found.pixels[2:4].int()).abs().max() <= 1
     classes = DIGITS[:num_classes]
-    expected = image_labels(label, 3, range(5), classes, [1] * num_classes)
+    expected = image_labels(None, 3, range(5), classes, [1] * num_classes)
     assert (found.labels is expected is None) or torch.equal(found.labels, expected)
 
 
@@ -439,14 +417,10 @@ def test_the_guide_is_not_asked_for_the_last_prediction():
 
 def test_a_guide_that_is_not_there_is_an_error(tmp_path):
     path = tmp_path / "model.pth"
-    with pytest.raises(ValueError, match="there is no .*model_guide.pth"):
+    with pytest.raises(FileNotFoundError, match="model_guide.pth"):
         guide_of(path, small_network(), "early")
-    with pytest.raises(ValueError, match="knows no labels"):
+    with pytest.raises(ValueError, match="model.pth knows no labels"):
         guide_of(path, small_network(num_classes=0), "unlabelled")
-    with pytest.raises(ValueError, match="choose from early, unlabelled"):
-        guide_of(path, small_network(), "late")
-    with pytest.raises(ValueError, match="guidance 2: needs a guide"):
-        predictor(small_network(), torch.zeros(1).long(), None, 2)
 
 
 def test_samples_are_kept_under_everything_that_decides_them(tmp_path, monkeypatch):
@@ -461,26 +435,58 @@ def test_samples_are_kept_under_everything_that_decides_them(tmp_path, monkeypat
     def again(images=range(3), seed=0, steps=2, **options):
         return drawn_once(path, model, images, seed, steps, **options)
     first = again()
-    for same in ({}, {"spacing": 1.0}, {"label": None}, {"guide": "unlabelled"}):
+    for same in ({}, {"spacing": 1.0}, {"guide": "unlabelled"}):
         assert torch.equal(again(**same).pixels, first.pixels)
     assert len(made) == 1 and torch.equal(again().labels, first.labels)
-    others = [{"spacing": 1.5}, {"label": 7}, {"guidance": 2.0},
-              {"guidance": 2.0, "guide": "unlabelled"}]
+    others = [{"spacing": 1.5}, {"guidance": 2.0}, {"guidance": 2.0, "guide": "unlabelled"}]
     found = [again(**other) for other in others]
-    assert len(made) == 5 and found[1].labels.tolist() == [7, 7, 7]
-    assert not torch.equal(found[2].pixels, found[3].pixels)
+    assert len(made) == 4 and not torch.equal(found[1].pixels, found[2].pixels)
     others = ({"images": range(4)}, {"seed": 1}, {"steps": 3}, {"sampler": "ddim"}, {"eta": 0.0},
               {"precision": "bf16"})
-    for number, other in enumerate(others, start=6):
+    for number, other in enumerate(others, start=5):
         again(**other)
         assert len(made) == number
     save_checkpoint(small_network(2).state_dict(), measure.guide_path(path))
     again()
     again(guidance=2.0)
-    assert len(made) == 12  # the guide decides where it guides
+    assert len(made) == 11  # the guide decides where it guides
     save_checkpoint(small_network(3).state_dict(), path)
     again()
-    assert len(made) == 13
+    assert len(made) == 12
+
+
+def test_drawing_that_was_stopped_goes_on_after_the_last_thousand(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "CACHE", tmp_path)
+    model, path = small_network(), tmp_path / "model.pth"
+    save_checkpoint(model.state_dict(), path)
+    whole, parts = draw(model, range(1003), 5, 1), []
+
+    def stopped(model, images, *args, **options):
+        parts.append(images)
+        if len(parts) == 2:
+            raise KeyboardInterrupt
+        return draw(model, images, *args, **options)
+    monkeypatch.setattr(measure, "draw", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        drawn_once(path, model, range(1003), 5, 1)
+    found = drawn_once(path, model, range(1003), 5, 1)
+    assert parts == [range(1000), range(1000, 1003), range(1000, 1003)]
+    assert torch.equal(found.pixels, whole.pixels) and torch.equal(found.labels, whole.labels)
+    assert found.seconds > drawn_once(path, model, range(1000), 5, 1).seconds
+
+
+def test_the_table_of_samplers_has_those_asked_for(monkeypatch):
+    """A guided step evaluates two networks, but the last one; the whole walk is that of ddpm alone."""
+    asked = []
+    monkeypatch.setattr(samplers, "drawn_once", lambda *args, precision, **options: asked.append(options)
+                        or measure.Drawn(torch.zeros(1), None, 1.0))
+    monkeypatch.setattr(samplers, "distance_to_test", lambda pixels: 2.5)
+    args = Namespace(model=Path("a.pth"), samples=5, seed=0, precision="fp32", steps=[10, 1000], guide="early",
+                     guidance=1.5, samplers=["ddpm", "dpm_solver, guided", "dpm_solver, spacing 1.5"])
+    assert samplers.measured(args, None) == [
+        ("ddpm", 10, 10, 2.5), ("dpm_solver, guided", 10, 19, 2.5), ("dpm_solver, spacing 1.5", 10, 10, 2.5),
+        ("ddpm", 1000, 1000, 2.5)]
+    assert asked == [{}, {"guide": "early", "guidance": 1.5}, {"spacing": 1.5}, {}]
 
 
 def test_the_table_of_guidance_has_each_with_each(monkeypatch):
@@ -508,11 +514,6 @@ def test_the_table_of_guidance_has_each_with_each(monkeypatch):
 
 
 # Training
-
-def test_timesteps_are_one_of_each_part():
-    t = stratified_timesteps(40, torch.Generator().manual_seed(0))
-    assert torch.equal(t * 40 // 1000, torch.arange(40))
-
 
 def test_the_plain_loop_and_that_of_the_notebook_take_steps(tmp_path):
     data = Images(random_images(8), torch.arange(8))
@@ -580,8 +581,8 @@ def test_a_page_begins_with_its_command(monkeypatch, tmp_path):
     monkeypatch.setattr("common.ROOT", tmp_path)
     monkeypatch.setattr("sys.argv", ["/somewhere/guidance.py"])
     (tmp_path / "benchmarks").mkdir()
-    args = Namespace(model=Path("a.pth"), steps=[5, 10], guide=None, seed=0)
-    assert command(args) == "python benchmarks/guidance.py a.pth --steps 5 10 --seed 0"
+    args = Namespace(model=Path("a.pth"), steps=[5, 10], guide=None, samplers=["ddpm", "dpm_solver, eta 0"])
+    assert command(args) == "python benchmarks/guidance.py a.pth --steps 5 10 --samplers ddpm 'dpm_solver, eta 0'"
     write_page("page", args, ["one", "two"], ":")
     first, *rest = (tmp_path / "benchmarks" / "page.md").read_text().splitlines()
     assert first.startswith(f"`{command(args)}` on ") and first.endswith(":")

@@ -198,6 +198,20 @@ def test_other_shapes_are_cropped_padded_or_squashed(tmp_path):
     assert colours("pad", [12, 12, 12, 1], [0, 12, 23, 12]) == [blue, green, blue, red]
 
 
+@pytest.mark.parametrize("kind", ["folder", "idx"])
+def test_grey_images_are_padded_in_colour(tmp_path, kind):
+    grey, path = np.full((2, 20, 60), 90, np.uint8), tmp_path / "images"
+    if kind == "idx":
+        write_idx(path, grey)
+    else:
+        path.mkdir()
+        for name, image in zip("ab", grey):
+            Image.fromarray(image).save(path / f"{name}.png")
+    data = ImageDataset(path, image_size=24, channels=3, fit="pad", background="red")
+    assert data.pixels[:, :, 12, 12].tolist() == [[90, 90, 90]] * 2
+    assert data.pixels[:, :, 1, 12].tolist() == [[255, 0, 0]] * 2
+
+
 def test_image_size_may_be_a_pair(tmp_path):
     for name in "ab":
         write_image(tmp_path / f"{name}.png", 5, mode="L")
