@@ -101,7 +101,7 @@ class FolderReport:
     of the others. hidden: what was not looked at. one_colour: kept, without any detail.
     sizes, modes: "width x height" and Pillow's mode -> how many of the kept.
     duplicates: kept files equal to an earlier one. notes: more lines of the text.
-    channels, image_size: proposed: 3 where any image has colour; the usual shorter side
+    channels, image_size: proposed: 3 where any pixel has colour; the usual shorter side
     as a multiple of 4, at most 64.
     """
     found: int

@@ -115,7 +115,7 @@ class Run:
             "device": self.device, "initial_weights": initial_weights and str(initial_weights)}
         self.losses, self.seconds, self.previews = [], 0.0, []
         self.folder = RunFolder(save_dir, writes=self.rank == 0)
-        self.earlier, self.guide_steps = None, 0  # 0: no guide yet; None: it came with initial_weights
+        self.earlier, self.guide_steps = None, 0  # 0: none yet; None: this run keeps none, see _start_from
         if initial_weights is not None and not (resume and self.folder.state.exists()):
             self._start_from(Path(initial_weights).expanduser())
         self.training_step = TrainingStep(

@@ -66,10 +66,16 @@ def command(args: argparse.Namespace) -> str:
     return shlex.join(map(str, words))
 
 
+def digests(*paths: Path) -> list[str]:
+    return [hashlib.md5(path.read_bytes()).hexdigest() for path in paths if path.exists()]
+
+
+CODE = digests(ROOT / "model.py", ROOT / "noise.py")  # as it was when this process began
+
+
 def fingerprint(*paths: Path) -> list[str]:
     """What tells these files, and the code that draws with them, from any other."""
-    return [hashlib.md5(file.read_bytes()).hexdigest()
-            for file in (*paths, ROOT / "model.py", ROOT / "noise.py") if file.exists()]
+    return digests(*paths) + CODE
 
 
 def once(benchmark: str, key: tuple, run: Callable[[], list]) -> list:

@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 
@@ -67,7 +66,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=["tests", *parts(False)],
                         help="default: all")
     parser.add_argument("--miniature", action="store_true",
-                        help="overwrites the pages and pictures: git restore them")
+                        help="overwrites pages and pictures: git restore them, and "
+                        "remove the new ones")
     return parser.parse_args()
 
 
@@ -85,12 +85,14 @@ def main() -> None:
                                      env=os.environ | {"OMP_NUM_THREADS": "4"})
     for name in args.parts or chosen:
         left = 60 * args.minutes - (perf_counter() - start)
-        if name != "tests" and left > 5:
+        if name in chosen and left > 5:
             run_part(name, chosen[name], args.out, left)
     if tests:
-        with suppress(subprocess.TimeoutExpired):
+        try:
             tests.wait(max(1, 60 * args.minutes - (perf_counter() - start)))
-        tests.kill()
+        except subprocess.TimeoutExpired:
+            print("tests: out of time", flush=True)
+            tests.terminate()
         print(*(args.out / "tests.log").read_text().splitlines()[-30:], sep="\n")
     for page in (ROOT / "benchmarks").glob("*.md"):
         if pages.get(page) != page.read_text():

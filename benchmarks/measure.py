@@ -190,37 +190,32 @@ def draw(model: U_net, images: range, seed: int, num_steps: int | None,
     return Drawn(torch.cat(drawn), labels, time.perf_counter() - start)
 
 
-def drawn_once(path: Path, model: U_net, images: range, seed: int, num_steps: int,
-               sampler: str = "dpm_solver", **options) -> Drawn:
-    """`draw`, with each thousand images kept in the cache, so that a stopped benchmark
-    goes on. options: see `thousand_drawn_once`."""
-    parts = [thousand_drawn_once(path, model, images[first:first + 1000], seed,
-                                 num_steps, sampler, **options)
-             for first in range(0, len(images), 1000)]
-    labels = labels_of(model, images, seed)
-    return Drawn(torch.cat([pixels for pixels, _ in parts]), labels,
-                 sum(seconds for _, seconds in parts))
-
-
-def thousand_drawn_once(path: Path, model: U_net, images: range, seed: int,
-                        num_steps: int, sampler: str, *, guide: str = "early",
-                        guidance: float = 1.0, spacing: float = 1.0,
-                        **options) -> tuple[Tensor, float]:
-    """The pixels of `draw` and its seconds, from the cache where it holds them, under
-    everything that decides the pictures and the time. guide: "early" or
+def drawn_once(path: Path, model: U_net, images: range, seed: int,
+               num_steps: int | None, sampler: str = "dpm_solver", *,
+               guide: str = "early", guidance: float = 1.0, spacing: float = 1.0,
+               **options) -> Drawn:
+    """`draw`, with each thousand images kept in the cache under what decides the
+    pictures and the time, so that a stopped benchmark goes on. guide: "early" or
     "unlabelled"."""
     guide = None if guidance == 1 else guide
+    network = guide and guide_of(path, model, guide)
     files = (path, guide_path(path)) if guide == "early" else (path,)
-    decides = [*fingerprint(*files), images, seed, num_steps, sampler, guide, guidance,
+    decides = [*fingerprint(*files), seed, num_steps, sampler, guide, float(guidance),
                spacing, sorted(options.items()), machine_in_words()]
-    kept = CACHE / f"samples_{hashlib.md5(repr(decides).encode()).hexdigest()[:16]}.pth"
-    if not kept.exists():
-        pixels, _, seconds = draw(model, images, seed, num_steps, sampler,
-                                  guide=guide and guide_of(path, model, guide),
-                                  guidance=guidance, spacing=spacing, **options)
-        save_checkpoint({"pixels": pixels, "seconds": seconds}, kept)
-    state = load_checkpoint(kept)
-    return state["pixels"], state["seconds"]
+    parts = []
+    for first in range(0, len(images), 1000):
+        part = images[first:first + 1000]
+        key = hashlib.md5(repr([part, *decides]).encode()).hexdigest()[:16]
+        kept = CACHE / f"samples_{key}.pth"
+        if not kept.exists():
+            pixels, _, seconds = draw(model, part, seed, num_steps, sampler,
+                                      guide=network, guidance=guidance,
+                                      spacing=spacing, **options)
+            save_checkpoint({"pixels": pixels, "seconds": seconds}, kept)
+        parts.append(load_checkpoint(kept))
+    return Drawn(torch.cat([kept["pixels"] for kept in parts]),
+                 labels_of(model, images, seed),
+                 sum(kept["seconds"] for kept in parts))
 
 
 # The judges

@@ -15,7 +15,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from common import (ROOT, device, fingerprint, header, machine_in_words, once, row,
                     write_page)
 from measure import (JUDGES, Drawn, checkpoint_arguments, classifier,
-                     distances_to_test, drawn_once, features, load_model,
+                     distances_to_test, drawn_once, features, guide_path, load_model,
                      mean_probabilities, mnist, mnist_labels, relative_distance,
                      right_digits, trained_classifier, training_distances, unclear)
 
@@ -237,8 +237,8 @@ def main() -> None:
             *distances(drawn.pixels), *memorised(drawn.pixels, args.model.stem),
             *digits(drawn), *told_apart(drawn.pixels)]
     if args.cas:
-        key = (fingerprint(args.model), args.seed, args.steps, args.sampler, args.guide,
-               args.guidance, args.spacing, args.precision)
+        key = (fingerprint(args.model, guide_path(args.model)), args.seed, args.steps,
+               args.sampler, args.guide, args.guidance, args.spacing, args.precision)
         text += about_cas(drawn_for(args, model, args.cas), key)
     print("\n".join(text))
     write_page(f"quality_{args.model.stem}", args, text[:-1],

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from common import (ROOT, device, header, machine_in_words, once, parser_of, row,
+from common import (ROOT, device, digests, header, machine_in_words, once, parser_of, row,
                     write_page)
 from loops import (Batch, Images, QuietRun, plain_loss, plain_steps, run_steps,
                    wait)
@@ -297,7 +297,7 @@ def parity(pixels: Tensor, batch_size: int) -> list[str]:
     for how in (plain_loss_at_end, our_loss_at_end):
         for seed in SEEDS:  # no matter of time, so it is kept in the cache
             key = (how.__name__, seed, PARITY_STEPS, batch_size, PRECISION,
-                   machine_in_words())
+                   machine_in_words(), digests(ROOT / "training_step.py"))
             losses.setdefault(how, []).extend(once("parity", key, lambda: [
                 how(pixels[:count], batch_size, PARITY_STEPS, seed)]))
             print(how.__name__, seed, losses[how][-1], flush=True)

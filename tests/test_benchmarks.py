@@ -453,6 +453,9 @@ def test_samples_are_kept_under_everything_that_decides_them(tmp_path, monkeypat
     save_checkpoint(small_network(3).state_dict(), path)
     again()
     assert len(made) == 12
+    monkeypatch.setattr(measure, "machine_in_words", lambda: "another one")
+    again()
+    assert len(made) == 13
 
 
 def test_drawing_that_was_stopped_goes_on_after_the_last_thousand(tmp_path, monkeypatch):
@@ -487,6 +490,9 @@ def test_the_table_of_samplers_has_those_asked_for(monkeypatch):
         ("ddpm", 10, 10, 2.5), ("dpm_solver, guided", 10, 19, 2.5), ("dpm_solver, spacing 1.5", 10, 10, 2.5),
         ("ddpm", 1000, 1000, 2.5)]
     assert asked == [{}, {"guide": "early", "guidance": 1.5}, {"spacing": 1.5}, {}]
+    args = Namespace(**vars(args) | {"samplers": None, "guidance": 1, "steps": [3]})  # all, and no guide
+    assert [name for name, *_ in samplers.measured(args, None)] == [
+        "ddpm", "ddim", "dpm_solver", "dpm_solver, eta 0", "dpm_solver, spacing 1.5"]
 
 
 def test_the_table_of_guidance_has_each_with_each(monkeypatch):

@@ -427,6 +427,26 @@ def test_progress_in_a_log_is_a_line_in_half_a_minute(tmp_path, monkeypatch, cap
     assert 6 <= capsys.readouterr().err.count("images/s") <= 9
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_processes_share_losses_and_stops_and_the_first_one_says_when_they_meet_again(tmp_path, monkeypatch, rank):
+    clock, run, sent = Clock(monkeypatch), run_in(tmp_path), []
+    run.rank, run.world, run._clock, run._save_at, run._preview_at = rank, 2, 0.0, math.inf, math.inf
+    run._pending = [torch.tensor([loss, 1.0]) for loss in (2.0, 6.0)]
+    clock.now = 0.1  # for two steps: so five in the quarter of a second to the next look
+
+    def add_the_other(message):
+        sent.append(message.tolist())
+        message += torch.tensor([3.0, 1.0, 0.0, 7.0 * rank])
+    monkeypatch.setattr(training.dist, "all_reduce", add_the_other)
+    with run._progress_bar() as bar:
+        assert not run._meet(False, None, bar)
+        assert sent == [[1.0, 3.0, 0.0, 0.0 if rank else 5.0]]
+        assert run.losses == [4.0, 4.0] and run._meet_at == (7 if rank else 5)
+        run._pending = [torch.tensor([1.0, 1.0])] * 2
+        clock.now += 0.1
+        assert run._meet(True, None, bar) and sent[1][2] == 1
+
+
 def test_a_new_run_sets_the_old_files_aside(tmp_path):
     train(run_in(tmp_path), preview=lambda: Image.new("L", (8, 8)))
     (tmp_path / "model_guide.pth").write_bytes(b"no guide of the new run")
