@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -96,9 +97,11 @@ def hold_signals() -> Iterator[Callable[[], bool]]:
 
 
 def memory_is_full(error: Exception) -> bool:
-    """Whether an error says that a memory is full, of the processor (on Linux, on Windows) or of a GPU."""
-    said = "out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED"
-    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+    """Whether an error says that a memory is full, of the processor or of a GPU, in the words of any system."""
+    said = ("out of memory", "out of device memory", "allocate memory", "not enough memory", "alloc failed",
+            "allocation failed", "invalid buffer size", "unable to find an engine")  # cuDNN's, for its scratch
+    text = str(error).lower().replace("_", " ")
+    return isinstance(error, MemoryError) or any(words in text for words in said)
 
 
 @contextmanager
@@ -110,5 +113,6 @@ def enough_memory(name: str, at_once: int) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
         if not memory_is_full(error) or at_once == 1:
             raise
+        traceback.clear_frames(error.__traceback__)  # a notebook keeps the error, and that the block's tensors
         raise MemoryError(f"{at_once} images at once do not fit in the memory; set {name} below "
                           f"{at_once}") from error

@@ -55,9 +55,12 @@ def recorded(function: Function, plain_calls: int = 3) -> Function:
 def record(function: Function, *given: Tensor | None) -> Function:
     """Records one call; returns the function that copies other tensors into its place and replays it."""
     inputs = [x if x is None else x.clone() for x in given]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), uncached_autocast():
-        result = function(*inputs)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph), uncached_autocast():
+            result = function(*inputs)
+    finally:
+        torch.cuda.set_stream(stream)  # where recording fails, torch.cuda.graph leaves its own
 
     def replay(*given: Tensor | None) -> Tensor:
         for mine, one in zip(inputs, given):

@@ -113,6 +113,9 @@ if __name__ == "__main__":
     try:
         main()
     except Exception as error:
-        if not explains_itself(error):
-            raise
-        sys.exit(f"{type(error).__name__}: {error}")
+        text = f"{type(error).__name__}: {error}\n" if explains_itself(error) else traceback.format_exc()
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        if "LOCAL_RANK" in os.environ:  # at exit NCCL would wait for the other processes, which wait for this one
+            os._exit(1)
+        sys.exit(1)

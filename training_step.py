@@ -1,5 +1,6 @@
 """One step of training: gradient, clip, AdamW, learning rate, average; and what makes it fast."""
 
+import gc
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -53,6 +54,11 @@ class TrainingStep:
     def _lr_factor(self, step: int) -> float:
         warm_up = min(1, (step + 1) / max(1, self.total_steps // 20))
         return warm_up * (1 + math.cos(math.pi * step / self.total_steps)) / 2
+
+    def begin(self) -> None:
+        """Forgets the recorded step: what the loss uses may be new in another loop, such as the schedule."""
+        self._loss_of = self._step = None
+        gc.collect()  # a recorded step is in a cycle, and holds its memory
 
     def parts(self) -> dict:
         """What has a state, by its name in a file."""

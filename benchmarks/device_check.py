@@ -31,7 +31,7 @@ def parts(small: bool) -> dict[str, list]:
     trainings = [["--batch-size", 128, "--num-epochs", 10],
                  ["--batch-size", 128, "--num-epochs", 20],
                  ["--batch-size", 256, "--num-epochs", 30]]
-    grid = ["--samples", 10_000, "--steps", 15, "--guidance", 1, 1.1, 1.25, 1.5, 2]
+    grid = ["--samples", 10_000, "--steps", 15, "--guidance", 1, 1.1, 1.2, 1.5, 2]
     of_guidance = {"_large": [*grid, "--guide", "early", "unlabelled"], "": grid}
     tables = {f"guidance{name}": ["guidance.py", path, *(
         ["--samples", 100, "--steps", 3] if small else of_guidance[name])]

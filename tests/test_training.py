@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -190,14 +191,22 @@ def test_a_loss_that_grows_out_of_bounds_ends_the_run_and_keeps_the_last_good_fi
     torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes"),  # on Windows
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),  # of cuDNN, without scratch memory
+    RuntimeError("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),  # Intel's
+    RuntimeError("Invalid buffer size: 9.02 GB")])  # Apple's
 def test_a_full_memory_says_what_to_lower(tmp_path, error):
-    run = run_in(tmp_path, micro_batch_size=4)
+    run, held = run_in(tmp_path, micro_batch_size=4), []
 
     def too_large(*_):
+        activations = torch.zeros(8)
+        held.append(weakref.ref(activations))
         raise error
-    with pytest.raises(MemoryError, match="4 images at once .*; set micro_batch_size below 4"):
+    with pytest.raises(MemoryError, match="4 images at once .*; set micro_batch_size below 4") as raised:
         run.step(too_large, torch.zeros(8, 1, 8, 8))
+    assert raised.value.__cause__ is error  # which a notebook keeps, and once kept all that the step held
+    assert held[0]() is None
     error_of_ours = RuntimeError("shapes differ")
 
     def wrong(*_):
@@ -601,7 +610,7 @@ def test_a_long_run_keeps_its_average_after_a_sixteenth_as_a_guide_and_a_short_o
     guide = U_net.from_checkpoint(tmp_path / "long" / "model_guide.pth")
     assert guide.metadata["training"]["steps"] == training.YOUNGEST_GUIDE
     assert torch.equal(weights(guide), seen[training.YOUNGEST_GUIDE])
-    assert U_net.from_checkpoint(tmp_path / "long" / "model.pth").metadata["guidance"] == 1.25
+    assert U_net.from_checkpoint(tmp_path / "long" / "model.pth").metadata["guidance"] == 1.2
     train(run_in(tmp_path / "short"))
     assert not (tmp_path / "short" / "model_guide.pth").exists()
     assert U_net.from_checkpoint(tmp_path / "short" / "model.pth").metadata["guidance"] == 1
@@ -732,6 +741,24 @@ def test_on_a_gpu_a_resumed_run_is_the_one_that_never_stopped(cuda, tmp_path):
     assert len(first) == 11 and losses_on_gpu(tmp_path / "stopped", resume=True) == whole
 
 
+def test_each_loop_records_its_step_anew_since_what_the_loss_uses_may_be_another(tmp_path, monkeypatch):
+    made = []
+
+    def fastest(self, loss_of, pixels):
+        made.append(loss_of)
+        self._over_processes = None
+        return partial(self._plain_step, loss_of)
+    monkeypatch.setattr(training_step.TrainingStep, "_fastest_step", fastest)
+    run = run_in(tmp_path)
+    loss = loss_by(run)
+    for end in (4, 10):
+        for x0, label in run.batches():
+            run.step(loss, x0, torch.zeros_like(x0), label)
+            if run.steps == end:
+                break
+    assert made == [loss, loss]
+
+
 def test_what_cannot_be_compiled_stays_plain(monkeypatch, capsys):
     def broken(graph, inputs):
         raise OSError("no compiler here")
@@ -766,8 +793,10 @@ def test_a_step_that_cannot_be_recorded_stays_plain(cuda, capsys):
     def looks_at_a_number(x):
         return x * x.sum().item()
     twice = recorded(looks_at_a_number, plain_calls=1)
+    stream = torch.cuda.current_stream()
     assert [twice(torch.full((2,), value, device=cuda)).tolist() for value in (1.0, 2.0, 3.0)] == [
         [2.0, 2.0], [8.0, 8.0], [18.0, 18.0]]
+    assert torch.cuda.current_stream() == stream
     assert "not recorded as a CUDA graph" in capsys.readouterr().out
 
 
