@@ -97,9 +97,9 @@ def hold_signals() -> Iterator[Callable[[], bool]]:
 
 
 def memory_is_full(error: Exception) -> bool:
-    """Whether an error says that a memory is full, of the processor or of a GPU, in the words of any system."""
+    """Whether an error says that a memory is full, the processor's or a GPU's."""
     said = ("out of memory", "out of device memory", "allocate memory", "not enough memory", "alloc failed",
-            "allocation failed", "invalid buffer size", "unable to find an engine")  # cuDNN's, for its scratch
+            "allocation failed", "invalid buffer size")
     text = str(error).lower().replace("_", " ")
     return isinstance(error, MemoryError) or any(words in text for words in said)
 
@@ -111,8 +111,10 @@ def enough_memory(name: str, at_once: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
-        if not memory_is_full(error) or at_once == 1:
+        if not memory_is_full(error):
             raise
         traceback.clear_frames(error.__traceback__)  # a notebook keeps the error, and that the block's tensors
+        if at_once == 1:
+            raise
         raise MemoryError(f"{at_once} images at once do not fit in the memory; set {name} below "
                           f"{at_once}") from error

@@ -115,7 +115,8 @@ if __name__ == "__main__":
     except Exception as error:
         text = f"{type(error).__name__}: {error}\n" if explains_itself(error) else traceback.format_exc()
         sys.stderr.write(text)
-        sys.stderr.flush()
         if "LOCAL_RANK" in os.environ:  # at exit NCCL would wait for the other processes, which wait for this one
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(1)
         sys.exit(1)

@@ -4,8 +4,8 @@ loop itself are in train.ipynb; what a step does to the weights is in training_s
 What is equal to what: timesteps, noise and the order of the images are a function of (seed, step), drawn
 for the whole batch. On one device a run that was stopped and resumed is bit for bit the one that never
 stopped. N processes and parts of batches (`micro_batch_size`) compute the same sums in another order,
-equal up to rounding; so may a GPU that compiles the loss, or has attention. Another kind of device, or
-another precision, draws other numbers.
+equal up to rounding; so is a run on a GPU where the loss is compiled or the network has attention.
+Another kind of device, or another precision, draws other numbers.
 """
 
 import hashlib

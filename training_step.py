@@ -57,8 +57,8 @@ class TrainingStep:
 
     def begin(self) -> None:
         """Forgets the recorded step: what the loss uses may be new in another loop, such as the schedule."""
-        self._loss_of = self._step = None
-        gc.collect()  # a recorded step is in a cycle, and holds its memory
+        self._loss_of = self._step = self._over_processes = None
+        gc.collect()  # an earlier run's recorded step is in a cycle, and holds its memory
 
     def parts(self) -> dict:
         """What has a state, by its name in a file."""

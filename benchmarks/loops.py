@@ -44,8 +44,8 @@ class QuietRun(Run):
 
 def wait() -> None:
     """Waits until the device has done all that it was told."""
-    if device != "cpu":
-        torch.accelerator.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def plain_loss(model: nn.Module, scheduler: NoiseScheduler) -> Callable[..., Tensor]:

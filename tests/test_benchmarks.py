@@ -490,9 +490,10 @@ def test_the_table_of_samplers_has_those_asked_for(monkeypatch):
         ("ddpm", 10, 10, 2.5), ("dpm_solver, guided", 10, 19, 2.5), ("dpm_solver, spacing 1.5", 10, 10, 2.5),
         ("ddpm", 1000, 1000, 2.5)]
     assert asked == [{}, {"guide": "early", "guidance": 1.5}, {"spacing": 1.5}, {}]
-    args = Namespace(**vars(args) | {"samplers": None, "guidance": 1, "steps": [3]})  # all, and no guide
+    args = Namespace(**vars(args) | {"samplers": None, "guidance": 1, "steps": [3, 100]})  # all, and no guide
     assert [name for name, *_ in samplers.measured(args, None)] == [
-        "ddpm", "ddim", "dpm_solver", "dpm_solver, eta 0", "dpm_solver, spacing 1.5"]
+        "ddpm", "ddim", "dpm_solver", "dpm_solver, eta 0", "dpm_solver, eta 0.7", "dpm_solver, spacing 1.5",
+        "ddpm", "dpm_solver"]  # in many steps, the two to compare with
 
 
 def test_the_table_of_guidance_has_each_with_each(monkeypatch):
