@@ -511,7 +511,8 @@ def test_a_disk_without_locks_is_said_and_one_that_cannot_be_written_ends_it(tmp
 def test_no_module_uses_what_one_system_alone_has():
     """Attributes of `os` and `signal`: those of the list exist on Windows as well. No module of Unix alone."""
     everywhere = {"environ", "chdir", "path", "PathLike", "name", "sep", "replace", "open", "close", "fsync", "devnull",
-                  "walk", "stat", "makedirs", "O_RDONLY", "signal", "SIG_DFL", "SIG_IGN", "getsignal", "getcwd", "fspath"}
+                  "walk", "stat", "makedirs", "O_RDONLY", "signal", "SIG_DFL", "SIG_IGN", "getsignal", "getcwd", "fspath",
+                  "_exit"}
     used = set()
     for path in Path(training.__file__).parent.glob("*.py"):
         text = path.read_text(encoding="utf-8")
