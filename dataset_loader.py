@@ -267,7 +267,7 @@ def read_images(path: str | os.PathLike, image_size: int | tuple[int, int] = 28,
         return data[:], data.labels, data.classes
     settings = checked_settings(image_size, channels, "crop", "white", False)
     pixels, record = decode(path.name, path.parent, settings, 16)
-    if (bits := bit_depth([record])) < 16:  # 12 of them, for instance, as in a folder
+    if (bits := bit_depth([record])) < 16:  # again at its own depth, 12 for instance
         pixels, record = decode(path.name, path.parent, settings, bits)
     if pixels is None:
         raise ValueError(f"{path}: {record.reason}; save it anew as a PNG file")

@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 from dataset_loader import image_grid, to_image
 from machine import enough_memory, hold_signals
 
-AT_ONCE, FEW = 100, 30  # images: drawn together; with their names below them
+AT_ONCE = 100  # images drawn together
+FEW = 30  # up to so many images get their names below them
 
 
 def figures_folder(output_dir: str | os.PathLike) -> Path:

@@ -123,13 +123,14 @@ class FolderReport:
             if file.reason:
                 skipped.setdefault(file.reason, []).append(file.name)
         side = int(statistics.median(min(file.size) for file in kept)) if kept else 0
-        return cls(len(files), len(kept), skipped, hidden,
-                   [file.name for file in kept if file.one_colour],
-                   dict(Counter("{} x {}".format(*file.size) for file in kept)),
-                   dict(Counter(file.mode for file in kept)),
-                   len(kept) - len({file.digest for file in kept}), notes_on(kept),
-                   3 if any(file.colourful for file in kept) else 1,
-                   min(64, max(8, side // 4 * 4)))
+        return cls(found=len(files), kept=len(kept), skipped=skipped, hidden=hidden,
+                   one_colour=[file.name for file in kept if file.one_colour],
+                   sizes=dict(Counter("{} x {}".format(*file.size) for file in kept)),
+                   modes=dict(Counter(file.mode for file in kept)),
+                   duplicates=len(kept) - len({file.digest for file in kept}),
+                   notes=notes_on(kept),
+                   channels=3 if any(file.colourful for file in kept) else 1,
+                   image_size=min(64, max(8, side // 4 * 4)))
 
     def __str__(self) -> str:
         lines = [f"{self.kept} of {self.found} images kept, "
@@ -311,7 +312,7 @@ def decode_folder(folder: Path, listing: FolderListing, settings: PixelSettings,
                   max_images: int | None, out: BinaryIO) -> dict:
     """`pixels` (N, C, H, W), which stay in the nameless file `out`, and the rest.
 
-    16-bit images are decoded a second time where all of them use fewer bits.
+    All images are decoded a second time where those of 16 bits use fewer.
     Raises ValueError where fewer than two images are usable.
     """
     names = listing.images

@@ -79,7 +79,7 @@ def hold_signals() -> Iterator[Callable[[], bool]]:
 
     def release():
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not of Python
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: a handler that C code has set
 
     def note(*_):
         came.append(True)
@@ -107,7 +107,8 @@ def memory_is_full(error: Exception) -> bool:
 @contextmanager
 def enough_memory(name: str, at_once: int) -> Iterator[None]:
     """Within the block each error of a full memory, of the processor or a GPU, becomes one MemoryError
-    that says which parameter to set below `at_once`, the images that the block takes at once."""
+    that says which parameter to set below `at_once`, the images that the block takes at once; one image
+    raises the error as it is."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors

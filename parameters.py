@@ -5,6 +5,7 @@ a dictionary is taken as such. Numbers of numpy count as numbers.
 """
 
 import ast
+import json
 import math
 import os
 import re
@@ -47,10 +48,9 @@ def value_of(text: str) -> object:
 
 class Rule(NamedTuple):
     """take(value): the value as it is used; raises TypeError or ValueError for a bad one.
-    expected: what a good one is, in words. typed: whether text may stand for a value."""
+    expected: what a good one is, in words."""
     take: Callable
     expected: str
-    typed: bool = True
 
 
 def whole(least: int, most: float = math.inf) -> Rule:
@@ -79,7 +79,7 @@ def one_of(*values: object) -> Rule:
 def optional(rule: Rule, meaning: str) -> Rule:
     def take(value):
         return None if str(value).lower() == "none" else rule.take(value)
-    return Rule(take, f"{rule.expected}, or None {meaning}", rule.typed)
+    return Rule(take, f"{rule.expected}, or None {meaning}")
 
 
 def take_path(value: str | int | os.PathLike) -> str:
@@ -122,9 +122,10 @@ def take_even(value: int) -> int:
 def take_network(value: dict) -> dict:
     if set(value) - set(NETWORK):
         raise ValueError
+    value = json.loads(json.dumps(value, default=lambda number: number.tolist()))  # no numpy
     with torch.device("meta"):  # which allocates nothing
         U_net("meta", **value)  # which names what is wrong with a value
-    return dict(value)
+    return value
 
 
 def take_label(value: str | int | list | None) -> str | int | list | None:
@@ -141,8 +142,8 @@ def take_label(value: str | int | list | None) -> str | int | list | None:
 
 
 NETWORK = sorted(set(default_arguments()) - {"num_classes"})  # that the data says
-PATH = Rule(take_path, "a path", typed=False)
-FOLDER = Rule(take_folder, "a folder that can be written", typed=False)
+PATH = Rule(take_path, "a path")
+FOLDER = Rule(take_folder, "a folder that can be written")
 SEED = whole(0, 2**32 - 1)
 TRAINING = {
     "data_path": PATH,
@@ -166,12 +167,11 @@ TRAINING = {
     "save_dir": FOLDER}
 DRAWING = {
     "model_path": Rule(take_file, "the file of a checkpoint, such as "
-                       "Save_model/run/model.pth", typed=False),
+                       "Save_model/run/model.pth"),
     "image_path": PATH,
     "num_images": whole(1),
     "first_image": whole(0),
-    "label": Rule(take_label, "a class, a list of classes, or None for all",
-                  typed=False),  # "none" may be a class
+    "label": Rule(take_label, "a class, a list of classes, or None for all"),
     "seed": SEED,
     "sampler": one_of(*SAMPLERS),
     "num_steps": optional(whole(1), "for all"),
@@ -180,6 +180,7 @@ DRAWING = {
     "precision": one_of(*PRECISIONS),
     "output_dir": FOLDER}
 PATHS = {"data_path", "image_path", "initial_weights", "model_path", "output_dir", "save_dir"}
+TEXT = PATHS | {"label"}  # stay text: 2024 may be a folder, and "none" a class
 
 
 def check_parameters(names: dict, rules: dict[str, Rule]) -> None:
@@ -192,7 +193,7 @@ def check_parameters(names: dict, rules: dict[str, Rule]) -> None:
     for name in [name for name in rules if name in names]:
         given, rule = names[name], rules[name]
         value = given.tolist() if hasattr(given, "tolist") else given  # numpy and torch
-        value = value_of(value) if rule.typed and isinstance(value, str) else value
+        value = value_of(value) if isinstance(value, str) and name not in TEXT else value
         expected = f"{name} {given!r}: must be {rule.expected}"
         try:
             names[name] = rule.take(value)

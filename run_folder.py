@@ -81,14 +81,13 @@ class RunFolder:
         if missing:
             raise ValueError(f"{self.state}: not the state of a run of this version, it has no "
                              f"{', '.join(sorted(missing))}; set resume=False for a new run")
-        theirs = state["settings"]
         for name, value in settings.items():
-            if name not in (*MAY_CHANGE, *SAME_DATA) and theirs.get(name) != value:
-                raise ValueError(f"{name}: the run in {self.path} has {theirs.get(name)!r}, this one has "
-                                 f"{value!r}; resume with the same, or set resume=False for a new run")
-        for name, others in SAME_DATA.items():
-            if theirs.get(name) != settings[name]:
-                raise ValueError(f"the run in {self.path} has seen {others}, or set resume=False for a new run")
+            theirs = state["settings"][name]
+            if name in MAY_CHANGE or theirs == value:
+                continue
+            what = (f"the run in {self.path} has seen {SAME_DATA[name]}" if name in SAME_DATA else
+                    f"{name}: the run in {self.path} has {theirs!r}, this one has {value!r}; resume with the same")
+            raise ValueError(f"{what}, or set resume=False for a new run")
         return state
 
     def write_figure(self, name: str, draw: Callable[[], plt.Figure]) -> None:

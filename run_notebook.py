@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 from drawing import figures_folder
-from parameters import PATHS, value_of
+from parameters import PATHS, TEXT, value_of
 
 
 def read_parameters(words: list[str]) -> dict:
@@ -30,7 +30,7 @@ def read_parameters(words: list[str]) -> dict:
         if not name.startswith("--"):
             raise ValueError(f"{name}: a parameter is given as --name value")
         name = name[2:].replace("-", "_")
-        as_text = name in PATHS | {"label"} and text.lower() not in ("none", "null")  # 2024 may be a folder
+        as_text = name in TEXT and text.lower() not in ("none", "null")
         parameters[name] = text if as_text else value_of(text)
     if len(words) % 2:
         raise ValueError(f"{words[-1]}: has no value; a parameter is given as --name value")
@@ -82,7 +82,10 @@ def explains_itself(error: Exception) -> bool:
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or {"-h", "--help"} & set(sys.argv):
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        return
+    if len(sys.argv) < 2:
         sys.exit(__doc__)
     if not sys.argv[1].endswith(".ipynb"):
         sys.exit(f"{sys.argv[1]}: no notebook; give one such as train.ipynb first, then its parameters")
@@ -93,8 +96,9 @@ def main() -> None:
     sys.path.insert(0, str(notebook.parent))
     parameters = read_parameters(sys.argv[2:])
     if Path.cwd() != notebook.parent:
-        for name in PATHS & {name for name, value in parameters.items() if str(value or "").strip()}:
-            parameters[name] = os.path.abspath(os.path.expanduser(parameters[name]))
+        for name in PATHS & parameters.keys():
+            if parameters[name] and parameters[name].strip():
+                parameters[name] = os.path.abspath(os.path.expanduser(parameters[name]))
         os.chdir(notebook.parent)
 
     def save(names, number, picture):

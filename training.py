@@ -85,7 +85,7 @@ class Run:
 
     `average` is the averaged network, `losses` the loss of every step, `rng` the random stream of a step.
     Raises ValueError for a bad value, for a resume that does not fit, and where another run is writing in
-    save_dir; OSError where save_dir cannot be written.
+    save_dir; FileNotFoundError for resume=True without a run; OSError where save_dir cannot be written.
     """
 
     def __init__(self, model: nn.Module, data, *, batch_size: int, learning_rate: float, num_epochs: int,
@@ -161,7 +161,8 @@ class Run:
 
         preview: draws a picture with `average`; called within a minute, then so that all pictures take
         at most 5 % of the time, and at the end.
-        Ctrl-C, Jupyter's Stop, SIGTERM and SIGHUP end the loop after the step at hand, with all saved.
+        Ctrl-C, Jupyter's Stop, SIGTERM and SIGHUP end the loop at the next look at the losses, with
+        all saved: after the step at hand, or after READ_SECONDS where steps are quick.
         """
         self.training_step.begin()
         self._clock = time.perf_counter()

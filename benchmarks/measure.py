@@ -29,6 +29,7 @@ from noise import (NoiseScheduler, autoguided, gaussian_noise, image_generators,
 
 GUIDES = ("early", "unlabelled")
 JUDGES = range(3)  # the seeds of the classifiers
+EPOCHS = 3  # that each is trained for
 AT_ONCE = 1000 if device == "cuda" else 250  # images drawn or looked at together
 
 
@@ -96,11 +97,11 @@ def load_model(args: argparse.Namespace) -> U_net:
                          "benchmarks compare with MNIST's, 0 ... 9")
     if args.precision == "auto":
         args.precision = "bf16" if bf16_is_native(device) else "fp32"
-    if getattr(args, "guidance", 1) is None:
-        kept = guide_path(args.model).exists()
-        args.guidance = model.metadata.get("guidance", 1) if kept else 1
     if getattr(args, "guide", "") is None:
         args.guide = default_guide(args.model)
+    if getattr(args, "guidance", 1) is None:
+        proposed = model.metadata.get("guidance", 1)
+        args.guidance = proposed if args.guide == "early" else 1
     return model
 
 
@@ -278,17 +279,17 @@ def trained_classifier(images: Tensor, labels: Tensor, epochs: int, seed: int = 
     return net.eval()
 
 
-def classifier_path(seed: int, epochs: int = 3) -> Path:
-    return CACHE / f"classifier_{seed}_{epochs}.pth"
+def classifier_path(seed: int) -> Path:
+    return CACHE / f"classifier_{seed}_{EPOCHS}.pth"
 
 
 @lru_cache
-def classifier(seed: int, epochs: int = 3) -> Classifier:
+def classifier(seed: int) -> Classifier:
     """Trains a classifier on the 60,000 training images, or takes the one that an
     earlier call with this seed left behind."""
-    path = classifier_path(seed, epochs)
+    path = classifier_path(seed)
     if not path.exists():
-        net = trained_classifier(mnist("train"), mnist_labels("train"), epochs, seed,
+        net = trained_classifier(mnist("train"), mnist_labels("train"), EPOCHS, seed,
                                  f"classifier {seed}")
         save_checkpoint(net.state_dict(), path)
     net = Classifier().to(device)

@@ -13,7 +13,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from common import device, fingerprint, header, machine_in_words, once, row, write_page
+from common import fingerprint, header, machine_in_words, once, row, write_page
 from measure import (about_distance, checkpoint_arguments, distance_to_test, draw,
                      load_model)
 
@@ -24,11 +24,11 @@ Walk = Callable[..., Iterator[tuple[int, Tensor]]]
 
 def of_diffusers(solver: type, random: bool = False, **options) -> Walk:
     """A walk like `NoiseScheduler.denoise`, by a solver of diffusers."""
-    own = random_stream(0, device=device)  # of torch, which theirs asks for
     @torch.no_grad()
     def denoise(model, xt, num_steps, sampler, generators):
         walk = solver(timestep_spacing="trailing", **options)
         walk.set_timesteps(num_steps)
+        own = random_stream(0, generators.images.start, device=xt.device)  # of torch
         extra = {"generator": own} if random else {}
         for t in walk.timesteps:
             noise_pred = model(xt, t.expand(len(xt)).to(xt.device)).to(xt.dtype)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -31,6 +32,7 @@ from common import (ROOT, device, digests, header, machine_in_words, once, parse
 from loops import (Batch, Images, QuietRun, plain_loss, plain_steps, run_steps,
                    wait)
 from measure import mnist
+from recipe import LARGE
 
 from checkpoint import load_checkpoint
 from machine import bf16_is_native
@@ -45,6 +47,7 @@ SAMPLING = {"one image at a time": {"batch_size": 1},
             "+ channels_last": {"channels_last": True}, "+ bf16": {"bf16": True},
             "+ torch.compile": {"compiled": True}}
 WARM_UP = 3  # steps that are not counted
+DRAWN, STEPS = 25, 10  # images drawn, and their steps that are timed
 PARITY_STEPS, SEEDS = 200, range(6)
 bf16 = bf16_is_native(device)
 PRECISION = "bf16" if bf16 else "fp32"
@@ -121,15 +124,14 @@ def our_seconds(pixels: Tensor, batch_size: int, count: int) -> float:
     return median(end - start for start, end in zip(ends[WARM_UP - 1:], ends[WARM_UP:]))
 
 
-def sampling_seconds(count: int, steps: int, batch_size: int, *, channels_last=False,
-                     bf16=False, compiled=False,
-                     build: Callable[[], nn.Module] = U_net) -> float:
-    """Seconds for so many steps of so many images, batch_size at a time."""
+def sampling_ms(batch_size: int, *, channels_last=False, bf16=False, compiled=False,
+                build: Callable[[], nn.Module] = U_net) -> float:
+    """Milliseconds for a step of an image, batch_size images at a time."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network = build().to(device, memory_format=layout).eval()
     model = torch.compile(network) if compiled else network
     scheduler, took = NoiseScheduler(device=device), 0.0
-    for first in range(0, count, batch_size):
+    for first in range(0, DRAWN, batch_size):
         generators = image_generators(0, range(first, first + batch_size), device)
         xt = torch.empty(batch_size, 1, 28, 28, device=device)
         walk = scheduler.denoise(model, gaussian_noise(xt, generators), 1000, "ddpm",
@@ -138,11 +140,11 @@ def sampling_seconds(count: int, steps: int, batch_size: int, *, channels_last=F
             next(walk)  # warms up
             wait()
             start = perf_counter()
-            for _ in islice(walk, steps):
+            for _ in islice(walk, STEPS):
                 pass
             wait()
         took += perf_counter() - start
-    return took
+    return 1000 * took / (DRAWN * STEPS)
 
 
 # The tables
@@ -169,6 +171,21 @@ def training_table(pixels: Tensor, batch_size: int, repetitions: int) -> list[st
     table.append(row(f"the step of train.ipynb, in {PRECISION}: clipped, averaged",
                      f"{rate:.0f}", f"{rate / plain:.2f}"))
     return [*table, "", *large_products(plain), ""]
+
+
+def compile_table(pixels: Tensor, batch_size: int, repetitions: int) -> list[str]:
+    """What torch.compile buys in training, by network and precision: in lines."""
+    table = header("network", "", "images/s", "compiled", "gain")
+    for name, build in {"simple": U_net, "larger": partial(U_net, **LARGE)}.items():
+        for precision in dict.fromkeys(("fp32", PRECISION)):
+            plain, compiled = (batch_size / plain_seconds(
+                Images(pixels), batch_size, repetitions, build, channels_last=True,
+                bf16=precision == "bf16", fused=True, compiled=one)
+                for one in (False, True))
+            table.append(row(name, precision, f"{plain:.0f}", f"{compiled:.0f}",
+                             f"{compiled / plain:.2f}"))
+            print(table[-1], flush=True)
+    return [*table, ""]
 
 
 def large_products(plain: float) -> list[str]:
@@ -199,7 +216,7 @@ def sampling_table(repetitions: int) -> list[str]:
     chosen, before, plain = {}, None, None
     for name, ingredient in SAMPLING.items():
         tried = chosen | ingredient
-        took = median(sampling_seconds(25, 10, **tried) for _ in range(repetitions)) * 4
+        took = median(sampling_ms(**tried) for _ in range(repetitions))
         plain = plain or took
         kept = name != "+ bf16" or took <= before
         chosen, before = tried if kept else chosen, took
@@ -221,8 +238,8 @@ def peers_table(pixels: Tensor, batch_size: int, repetitions: int) -> list[str]:
         for setting, options in settings.items():
             rate = batch_size / plain_seconds(Images(pixels), batch_size, repetitions,
                                               build, **options)
-            took = median(sampling_seconds(25, 10, 25, build=build, **options)
-                          for _ in range(repetitions)) * 4
+            took = median(sampling_ms(25, build=build, **options)
+                          for _ in range(repetitions))
             table.append(row(name, f"{weights:,}", setting, f"{rate:.0f}",
                              f"{took:.2f}"))
             print(table[-1], flush=True)
@@ -321,9 +338,9 @@ def main() -> None:
         raise SystemExit(f"speed.py measures a CPU, and this is {device}: take speed_gpu.py,"
                          " or hide the GPU (CUDA_VISIBLE_DEVICES=)")
     what = mnist("train"), args.batch_size, args.repetitions
-    text = [*training_table(*what), *sampling_table(args.repetitions),
-            *peers_table(*what), *scaling(*what), *two_processes(args.batch_size),
-            *parity(mnist("train"), args.batch_size)]
+    text = [*training_table(*what), *compile_table(*what),
+            *sampling_table(args.repetitions), *peers_table(*what), *scaling(*what),
+            *two_processes(args.batch_size), *parity(mnist("train"), args.batch_size)]
     write_page("speed", args, text, "; the simple network at 28 x 28.")
 
 

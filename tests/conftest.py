@@ -19,6 +19,14 @@ for name, handler in (("SIGINT", signal.default_int_handler), ("SIGTERM", signal
         signal.signal(getattr(signal, name), handler)
 
 
+@pytest.fixture(autouse=True)
+def user_cache(tmp_path_factory, monkeypatch):
+    """The user's cache folder, which no test may write into, is one of the test's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "simple-ddpm"
+
+
 @pytest.fixture
 def cuda():
     if not HAS_GPU:

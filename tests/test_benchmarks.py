@@ -81,6 +81,9 @@ def test_a_benchmark_draws_as_the_checkpoint_proposes_where_its_guide_is_there(t
         args = Namespace(model=path, precision="fp32", guide=None, guidance=None)
         load_model(args)
         assert (args.guide, args.guidance) == expected
+    args = Namespace(model=path, precision="fp32", guide="unlabelled", guidance=None)
+    load_model(args)
+    assert args.guidance == 1  # the proposal is for the early guide
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="asks git")

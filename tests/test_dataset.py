@@ -30,14 +30,6 @@ MD5 = {
 }
 
 
-@pytest.fixture(autouse=True)
-def user_cache(tmp_path_factory, monkeypatch):
-    """The user's cache folder, which no test may write into, is one of the test's own."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder / "simple-ddpm"
-
-
 def write_idx(path, array, compress=False):
     content = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
     path.write_bytes(gzip.compress(content) if compress else content)

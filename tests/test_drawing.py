@@ -61,7 +61,6 @@ def test_names_are_written_below_images_where_these_are_few(tmp_path, count):
 
 def test_the_folder_holds_the_samples_and_nothing_else(tmp_path, monkeypatch):
     """As our own data set, a tool that lists one flat folder, and torchvision see it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = f"{tmp_path}/out/"
     draw_files(grey, range(12), out)
     assert len(ImageDataset(out, image_size=8)) == 12

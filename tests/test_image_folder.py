@@ -22,14 +22,6 @@ from dataset_loader import ImageDataset, read_images, to_image
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def user_cache(tmp_path_factory, monkeypatch):
-    """The user's cache folder, which no test may write into, is one of the test's own."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder / "simple-ddpm"
-
-
 def write_images(folder, *names, mode="L"):
     """Images of noise, each another."""
     for seed, name in enumerate(names):

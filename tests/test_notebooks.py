@@ -42,10 +42,7 @@ SMALL = {"data_path": MNIST, "network": {"widths": [16, 32]}, "t_dim": 32, "max_
 
 
 @pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available=False: None)
+def in_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(plt, "show", plt.show)  # run_notebook replaces it
     monkeypatch.setattr("dataset_loader.show_table", lambda *_: None)  # slow; in Jupyter, below, it runs
@@ -82,7 +79,6 @@ def trained(tmp_path_factory):
     """A folder whose `run` is one of eight steps."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.accelerator.current_accelerator", lambda check_available=False: None)
         patch.chdir(ROOT)
         patch.setattr(plt, "show", plt.show)
         train(folder)
@@ -296,7 +292,7 @@ def test_an_unlabelled_checkpoint_of_before_still_draws_the_same(tmp_path):
 
 def test_digits_are_edited_and_judged_with_their_labels(trained):
     names = edit(trained)
-    x0, mask, (hidden, free, _, told) = names["x0"], names["mask"], names["completions"]
+    x0, mask, (_, free, _, told) = names["x0"], names["mask"], names["completions"]
     labels = read_idx(ROOT / "Assets" / "MNIST" / "t10k-labels-idx1-ubyte.gz")
     labels = labels[:6].long()
     assert names["labels"].tolist() == labels.tolist()
@@ -361,7 +357,7 @@ def test_images_of_other_classes_than_the_networks_have_no_labels(trained, tmp_p
 def command_line(folder, *launcher, **parameters):
     words = [part for name, value in (SMALL | {"save_dir": str(folder / "run")} | parameters).items()
              for part in (f"--{name}", str(value))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *launcher, "run_notebook.py", "train.ipynb", *words], cwd=ROOT,
                           env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           timeout=600)

@@ -39,7 +39,8 @@ def test_text_that_says_a_number_a_list_or_a_dictionary_is_one(text, value):
 @pytest.mark.parametrize("name, given, value", [
     ("image_size", "[28, 32]", [28, 32]), ("image_size", (28, 32), [28, 32]), ("image_size", "28", 28),
     ("image_size", 28.0, 28), ("image_size", np.array([28, 32]), [28, 32]), ("in_channels", "3", 3),
-    ("network", "{widths: [8]}", {"widths": [8]}), ("learning_rate", "1e-4", 1e-4), ("learning_rate", 1, 1.0),
+    ("network", {"widths": np.array([8, 16])}, {"widths": [8, 16]}), ("network", "{widths: [8]}", {"widths": [8]}),
+    ("learning_rate", "1e-4", 1e-4), ("learning_rate", 1, 1.0),
     ("learning_rate", np.float64(0.5), 0.5), ("num_epochs", 2.0, 2), ("num_epochs", "2", 2),
     ("batch_size", np.int64(8), 8), ("batch_size", torch.tensor(8), 8), ("max_images", "none", None),
     ("seed", "0", 0), ("seed", 2**32 - 1, 2**32 - 1), ("resume", "false", False), ("resume", "True", True),
@@ -131,7 +132,6 @@ def test_a_folder_that_cannot_be_written_is_named_at_once(name, rules, tmp_path,
 def test_notebooks_refuse_a_value_before_they_read_or_draw_anything(notebook, bad, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
-    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available=False: None)
     shown = []
     folder = {"train.ipynb": {"data_path": "nowhere", "save_dir": str(tmp_path / "run")},
               "generate_image.ipynb": {"output_dir": str(tmp_path / "images")}}[notebook]
