@@ -119,10 +119,14 @@ def take_even(value: int) -> int:
     return whole(2).take(value)
 
 
+def plain(value: object) -> object:
+    return value.tolist() if hasattr(value, "tolist") else list(value)  # of numpy; range, set
+
+
 def take_network(value: dict) -> dict:
     if set(value) - set(NETWORK):
         raise ValueError
-    value = json.loads(json.dumps(value, default=lambda number: number.tolist()))  # no numpy
+    value = json.loads(json.dumps(value, default=plain))
     with torch.device("meta"):  # which allocates nothing
         U_net("meta", **value)  # which names what is wrong with a value
     return value

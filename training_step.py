@@ -14,11 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from machine import enough_memory, rank_and_world
 from recorded import compiled, recorded
 
-# What torch.compile takes, and what it saves in a step and in each of that step's pixels: on an H200, and on
-# two cores with bf16, where it pays only for normalisation (benchmarks/speed.md)
-COMPILE_SECONDS = {"cuda": 45, "cpu": 50}
-SAVED_BY_STEP = {"cuda": 1e-3, "cpu": 0}
-SAVED_BY_PIXEL = {"cuda": 1e-8, "cpu": 1e-6}
+# Seconds on an H200: what torch.compile takes, and what it saves in a step and in that step's pixels
+COMPILE_SECONDS, SAVED_BY_STEP, SAVED_BY_PIXEL = 45, 1e-3, 1e-8
 
 Loss = Callable[..., Tensor]  # the mean loss of a batch
 
@@ -75,7 +72,7 @@ class TrainingStep:
             part.load_state_dict(state[name])
         self.steps = steps
         (group,) = self.optimizer.param_groups
-        group["lr"].fill_(group["initial_lr"] * self._lr_factor(steps))  # the saved one belongs to a run of the saved length
+        group["lr"].fill_(group["initial_lr"] * self._lr_factor(steps))  # the saved one falls over the saved run's length
 
     def __call__(self, loss_of: Loss, *batch: Tensor | None) -> Tensor:
         """Takes one step; returns the loss of this process's share and the gradient's norm, (2,).
@@ -87,7 +84,7 @@ class TrainingStep:
         mine = slice(self.rank * share, (self.rank + 1) * share)
         batch = [x if x is None else x[mine] for x in batch]
         if loss_of is not self._loss_of:
-            self._loss_of, self._step = loss_of, self._fastest_step(loss_of, batch[0].numel())
+            self._loss_of, self._step = loss_of, self._fastest_step(loss_of, batch[0][:, 0].numel())
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))  # forgets the random start quickly
         self._average_weight.fill_(1 - decay)
         with enough_memory("micro_batch_size", min(self.micro_batch_size, share)):
@@ -118,21 +115,15 @@ class TrainingStep:
         torch._foreach_add_(average, change)
         return torch.stack([loss, norm])
 
-    def _compiling_helps(self) -> bool:
-        if self.device == "cpu":
-            return self.precision._enabled and any(isinstance(m, nn.GroupNorm) for m in self.model.modules())
-        return self.device == "cuda"
-
     def _fastest_step(self, loss_of: Loss, pixels: int) -> Callable[..., Tensor]:
         """The step for this loss and so many pixels: over processes, compiled or recorded, where that is
         to be had."""
-        if self._compiling_helps():
-            seconds = COMPILE_SECONDS[self.device]
-            saved = self.total_steps * (SAVED_BY_STEP[self.device] + SAVED_BY_PIXEL[self.device] * pixels)
-            compiles = saved >= seconds  # by the whole run, so that a resumed one decides the same
+        if self.device == "cuda":
+            saved = self.total_steps * (SAVED_BY_STEP + SAVED_BY_PIXEL * pixels)
+            compiles = saved >= COMPILE_SECONDS  # by the whole run, so that a resumed one decides the same
             if compiles:
                 loss_of = compiled(loss_of)
-            print(f"the loss is {'' if compiles else 'not '}compiled: that takes about {seconds} "
+            print(f"the loss is {'' if compiles else 'not '}compiled: that takes about {COMPILE_SECONDS} "
                   f"seconds, and saves about {saved:.0f} in a run of this length")
         self._over_processes = None
         if self.world > 1:

@@ -28,7 +28,7 @@ def of_diffusers(solver: type, random: bool = False, **options) -> Walk:
     def denoise(model, xt, num_steps, sampler, generators):
         walk = solver(timestep_spacing="trailing", **options)
         walk.set_timesteps(num_steps)
-        own = random_stream(0, generators.images.start, device=xt.device)  # of torch
+        own = random_stream(0, generators.images.start, 1, device=xt.device)
         extra = {"generator": own} if random else {}
         for t in walk.timesteps:
             noise_pred = model(xt, t.expand(len(xt)).to(xt.device)).to(xt.dtype)

@@ -341,7 +341,7 @@ def main() -> None:
     text = [*training_table(*what), *compile_table(*what),
             *sampling_table(args.repetitions), *peers_table(*what), *scaling(*what),
             *two_processes(args.batch_size), *parity(mnist("train"), args.batch_size)]
-    write_page("speed", args, text, "; the simple network at 28 x 28.")
+    write_page("speed", args, text, "; the simple network at 28 x 28 where no other is named.")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ if HAS_GPU:
     torch.cuda.device_count()  # which torch keeps from here on
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 matplotlib.use("agg")  # no windows
+os.environ.setdefault("MPLCONFIGDIR", matplotlib.get_cachedir())  # with the list of fonts, which takes seconds to make
 torch.accelerator.current_accelerator = lambda check_available=False: None
 for name, handler in (("SIGINT", signal.default_int_handler), ("SIGTERM", signal.SIG_DFL), ("SIGHUP", signal.SIG_DFL)):
     if hasattr(signal, name):  # the tests send them; what started the tests may ignore them, as nohup does

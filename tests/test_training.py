@@ -5,7 +5,6 @@ import errno
 import math
 import os
 import re
-import shutil
 import signal
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -774,31 +773,6 @@ def test_on_a_gpu_another_loop_reads_what_the_loss_uses_now(cuda, tmp_path):
                 break
     run.folder.lock.release()
     assert 50 < run.losses[-1] / run.losses[0] < 200
-
-
-@pytest.mark.parametrize("network, precision, seconds, expected", [
-    ({"normalise": True}, "bf16", 0, True), ({"normalise": True}, "fp32", 0, False), ({}, "bf16", 0, False),
-    ({"normalise": True}, "bf16", 50, False)])  # longer than the run
-def test_on_a_processor_the_loss_is_compiled_where_that_pays(tmp_path, monkeypatch, network, precision, seconds, expected):
-    given = []
-    monkeypatch.setattr(training_step, "compiled", lambda loss_of: given.append(loss_of) or loss_of)
-    monkeypatch.setitem(training_step.COMPILE_SECONDS, "cpu", seconds)
-    train(run_in(tmp_path, network=network, precision=precision, num_epochs=1))
-    assert bool(given) == expected
-
-
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a compiler")
-def test_a_compiled_run_is_the_plain_one_but_for_rounding_and_resumes_as_if_never_stopped(tmp_path, monkeypatch, capsys):
-    make = partial(run_in, network={"normalise": True}, precision="bf16")
-    plain = train(make(tmp_path / "plain")).losses
-    monkeypatch.setitem(training_step.COMPILE_SECONDS, "cpu", 0)
-    whole = train(make(tmp_path / "whole"))
-    assert whole.losses == pytest.approx(plain, rel=0.02)
-    train(make(tmp_path / "stopped"), until=5)
-    resumed = train(make(tmp_path / "stopped", resume=True))
-    assert resumed.losses == whole.losses and torch.equal(weights(resumed.average), weights(whole.average))
-    said = capsys.readouterr().out
-    assert said.count("the loss is compiled") == 3 and "which is slower" not in said
 
 
 def test_what_cannot_be_compiled_stays_plain(monkeypatch, capsys):
