@@ -5,24 +5,25 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 Function = Callable[..., Tensor]  # of tensors, or None, of always the same shapes
 
 
-def compiled(function: Function) -> Function:
-    """The function by torch.compile. What cannot be compiled stays plain, with a line that says why."""
-    quick = torch.compile(function, dynamic=False)
+def compiled(loss_of: Function, *batch: Tensor | None) -> Function:
+    """The loss by torch.compile, or the loss as it is, with a line that says why, where that fails.
 
-    def run(*given: Tensor | None) -> Tensor:
-        nonlocal quick
-        try:
-            return quick(*given)
-        except TorchDynamoException as error:  # no compiler for this GPU or system, for instance
-            print(f"not compiled, which is slower: {' '.join(str(error).splitlines()[:2])}")
-            quick = function
-            return quick(*given)
-    return run
+    It is tried on a batch, forwards and backwards, since both are compiled when they are first needed. The
+    parameters keep the gradients of this.
+    """
+    quick = torch.compile(loss_of, dynamic=False)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):  # the trial draws none of a step's numbers
+            quick(*batch).backward()
+    except Exception as error:  # no compiler for this GPU or system, for instance
+        print(f"not compiled, which is slower: {' '.join(str(error).splitlines()[:2])}")
+        return loss_of
+    return quick
 
 
 def recorded(function: Function, plain_calls: int = 3) -> Function:

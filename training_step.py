@@ -83,11 +83,11 @@ class TrainingStep:
         share = len(batch[0]) // self.world
         mine = slice(self.rank * share, (self.rank + 1) * share)
         batch = [x if x is None else x[mine] for x in batch]
-        if loss_of is not self._loss_of:
-            self._loss_of, self._step = loss_of, self._fastest_step(loss_of, batch[0][:, 0].numel())
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))  # forgets the random start quickly
         self._average_weight.fill_(1 - decay)
         with enough_memory("micro_batch_size", min(self.micro_batch_size, share)):
+            if loss_of is not self._loss_of:
+                self._loss_of, self._step = loss_of, self._fastest_step(loss_of, *batch)
             result = self._step(*batch)
         self.lr_schedule.step()
         self.steps += 1
@@ -115,16 +115,18 @@ class TrainingStep:
         torch._foreach_add_(average, change)
         return torch.stack([loss, norm])
 
-    def _fastest_step(self, loss_of: Loss, pixels: int) -> Callable[..., Tensor]:
-        """The step for this loss and so many pixels: over processes, compiled or recorded, where that is
-        to be had."""
+    def _fastest_step(self, loss_of: Loss, *batch: Tensor | None) -> Callable[..., Tensor]:
+        """The step for this loss and batches like this one: over processes, compiled or recorded, where that
+        is to be had."""
         if self.device == "cuda":
+            pixels = batch[0][:, 0].numel()
             saved = self.total_steps * (SAVED_BY_STEP + SAVED_BY_PIXEL * pixels)
             compiles = saved >= COMPILE_SECONDS  # by the whole run, so that a resumed one decides the same
-            if compiles:
-                loss_of = compiled(loss_of)
             print(f"the loss is {'' if compiles else 'not '}compiled: that takes about {COMPILE_SECONDS} "
                   f"seconds, and saves about {saved:.0f} in a run of this length")
+            if compiles:
+                with self.precision:
+                    loss_of = compiled(loss_of, *(x if x is None else x[:self.micro_batch_size] for x in batch))
         self._over_processes = None
         if self.world > 1:
             loss_of = self._over_processes = DistributedDataParallel(LossModule(self.model, loss_of))

@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock, Timeout
+from functorch.compile import make_boxed_func
 from PIL import Image
+from torch._dynamo.backends.common import aot_autograd
 
 import machine
 import recorded as recorded_module
@@ -743,7 +745,7 @@ def test_on_a_gpu_a_resumed_run_is_the_one_that_never_stopped(cuda, tmp_path):
 def test_each_loop_makes_its_step_anew(tmp_path, monkeypatch):
     made = []
 
-    def fastest(self, loss_of, pixels):
+    def fastest(self, loss_of, *batch):
         made.append(loss_of)
         self._over_processes = None
         return partial(self._plain_step, loss_of)
@@ -775,14 +777,25 @@ def test_on_a_gpu_another_loop_reads_what_the_loss_uses_now(cuda, tmp_path):
     assert 50 < run.losses[-1] / run.losses[0] < 200
 
 
-def test_what_cannot_be_compiled_stays_plain(monkeypatch, capsys):
+@pytest.mark.parametrize("fails", ["forwards", "backwards", None])
+def test_what_cannot_be_compiled_stays_plain(monkeypatch, capsys, fails):
     def broken(graph, inputs):
         raise OSError("no compiler here")
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
-    x, twice = torch.randn(3), compiled(lambda x: 2 * x)
-    assert torch.equal(twice(x), 2 * x) and torch.equal(twice(x + 1), 2 * x + 2)
-    said = capsys.readouterr().out
-    assert said.count("not compiled") == 1 and "no compiler here" in said
+
+    def works(graph, inputs):
+        return make_boxed_func(graph.forward)
+    backend = broken if fails == "forwards" else aot_autograd(fw_compiler=works, bw_compiler=broken if fails else works)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    weight, before = torch.randn(3, requires_grad=True), torch.get_rng_state()
+
+    def loss_of(x):
+        return (weight * x + 0 * torch.rand(3)).sum()
+    loss = compiled(loss_of, torch.ones(3))
+    assert torch.equal(torch.get_rng_state(), before) and (loss is loss_of) == bool(fails)
+    x = torch.arange(3.0)
+    assert torch.autograd.grad(loss(x), weight)[0].tolist() == [0, 1, 2]
+    assert ("not compiled, which is slower: " in (said := capsys.readouterr().out)) == bool(fails)
+    assert ("no compiler here" in said) == bool(fails)
 
 
 @pytest.mark.parametrize("possible", [True, False])
