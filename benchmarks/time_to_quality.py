@@ -29,7 +29,7 @@ aim is R <= 2. Each row is a run of
 `train.ipynb` with the larger network, `python benchmarks/time_to_quality.py` with the
 options of the row. Seconds are those of the loop, with its recording and previews, and
 in brackets those of the whole notebook, with its figures. Digits are drawn with the
-defaults of `generate_image.ipynb`, seed 0.
+defaults of `generate_image.ipynb` as they were at the commit of the row, seed 0.
 """
 
 
