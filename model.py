@@ -1,6 +1,6 @@
 """The U-Net: a noisy image x_t, its timestep t and perhaps a label -> the noise in x_t.
 
-The simple network comes first; of what follows it uses `pad` and `zeroed` alone. The larger one,
+The simple network comes first; of what follows its forward pass uses `pad` alone. The larger one,
 `LargerUnet`, is built by the same call, `U_net(...)`, where an argument is one that only it has.
 """
 
@@ -64,7 +64,7 @@ class U_net(nn.Module):
     t_dim: length of the time embedding, even.
     widths: channels of each level, finest first; each further level halves the resolution.
     num_classes: how many labels there are; 0: the network knows no labels.
-    larger: arguments of `LargerUnet`; with any of them the call builds one of those.
+    With any argument that only `LargerUnet` has, the call builds one of those.
 
     `network` holds the arguments that rebuild this network, and `metadata` plain values beside
     them (image size, noise schedule, ...); both travel inside the state dict.
@@ -200,7 +200,7 @@ class U_net(nn.Module):
         state = load_checkpoint(path, device)
         try:
             network = state["_extra_state"]["network"]
-            defaults = default_arguments()  # naming one of the larger network would build that
+            defaults = default_arguments()  # any of LargerUnet's, even its default, would build one
             model = cls(device, **{name: value for name, value in network.items()
                                    if name not in defaults or value != defaults[name]})
             model.load_state_dict(state)

@@ -24,7 +24,7 @@ from recorded import recorded
 Predictor = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> predicted noise: a network
 SAMPLERS = ("ddpm", "ddim", "dpm_solver")
 BLOCK = 64  # images whose noise is drawn together; each always gets the same part
-RECORDING_PAYS = 6  # steps: on longer walks a GPU records the network once and replays it
+RECORDING_PAYS = 6  # steps: from so many on a GPU records the network once and replays it
 FILLS_A_GPU = 400_000  # pixels: batches of so many gain nothing by that (benchmarks/speed_gpu.md)
 
 
@@ -294,7 +294,8 @@ class NoiseScheduler(nn.Module):
         the smaller the steps are.
         model, num_steps: as for `denoise`; x0 (B, C, H, W): images in [-1, 1].
         Yields (t, x_t) after each step, t strictly increasing, at last (T-1, x_t),
-        about standard normal. Raises ValueError where `denoise` does.
+        about standard normal, but with too little noise where the image is flat.
+        Raises ValueError where `denoise` does.
         """
         xs = x0
         for s, t in pairwise(self.timesteps(num_steps)[::-1]):
