@@ -1,10 +1,13 @@
 """A function of tensors made fast on a GPU: compiled, or recorded once as a CUDA graph and replayed, so that
 a thousand launches become one."""
 
+import gc
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from machine import memory_is_full
 
 Function = Callable[..., Tensor]  # of tensors, or None, of always the same shapes
 
@@ -13,17 +16,20 @@ def compiled(loss_of: Function, *batch: Tensor | None) -> Function:
     """The loss by torch.compile, or the loss as it is, with a line that says why, where that fails.
 
     It is tried on a batch, forwards and backwards, since both are compiled when they are first needed. The
-    parameters keep the gradients of this.
+    parameters keep the gradients of this. Raises the error of a full memory.
     """
     quick = torch.compile(loss_of, dynamic=False)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices):  # the trial draws none of a step's numbers
             quick(*batch).backward()
+        return quick
     except Exception as error:  # no compiler for this GPU or system, for instance
+        if memory_is_full(error):
+            raise
         print(f"not compiled, which is slower: {' '.join(str(error).splitlines()[:2])}")
-        return loss_of
-    return quick
+    gc.collect()  # the error is in a cycle, and holds what the trial held
+    return loss_of
 
 
 def recorded(function: Function, plain_calls: int = 3) -> Function:

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock, Timeout
-from functorch.compile import make_boxed_func
 from PIL import Image
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 import machine
 import recorded as recorded_module
@@ -777,15 +777,21 @@ def test_on_a_gpu_another_loop_reads_what_the_loss_uses_now(cuda, tmp_path):
     assert 50 < run.losses[-1] / run.losses[0] < 200
 
 
+def compile_with(monkeypatch, forwards=None, backwards=None):
+    """Has torch.compile raise these errors while it compiles."""
+    def compiler(error):
+        def compile_graph(graph, inputs):
+            if error:
+                raise error
+            return make_boxed_func(graph.forward)
+        return compile_graph
+    backend = aot_autograd(fw_compiler=compiler(forwards), bw_compiler=compiler(backwards))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+
+
 @pytest.mark.parametrize("fails", ["forwards", "backwards", None])
 def test_what_cannot_be_compiled_stays_plain(monkeypatch, capsys, fails):
-    def broken(graph, inputs):
-        raise OSError("no compiler here")
-
-    def works(graph, inputs):
-        return make_boxed_func(graph.forward)
-    backend = broken if fails == "forwards" else aot_autograd(fw_compiler=works, bw_compiler=broken if fails else works)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    compile_with(monkeypatch, **{fails: OSError("no compiler here")} if fails else {})
     weight, before = torch.randn(3, requires_grad=True), torch.get_rng_state()
 
     def loss_of(x):
@@ -796,6 +802,20 @@ def test_what_cannot_be_compiled_stays_plain(monkeypatch, capsys, fails):
     assert torch.autograd.grad(loss(x), weight)[0].tolist() == [0, 1, 2]
     assert ("not compiled, which is slower: " in (said := capsys.readouterr().out)) == bool(fails)
     assert ("no compiler here" in said) == bool(fails)
+
+
+def test_a_full_memory_is_no_reason_to_go_on_uncompiled(monkeypatch):
+    compile_with(monkeypatch, backwards=torch.OutOfMemoryError("CUDA out of memory"))
+    weight = torch.randn(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compiled(lambda x: (weight * x).sum(), torch.ones(3))
+
+
+def test_on_a_gpu_what_cannot_be_compiled_changes_nothing(cuda, tmp_path, monkeypatch):
+    plain = losses_on_gpu(tmp_path / "plain")
+    monkeypatch.setattr(training_step, "COMPILE_SECONDS", 0)
+    compile_with(monkeypatch, backwards=OSError("no compiler here"))
+    assert losses_on_gpu(tmp_path / "broken") == plain
 
 
 @pytest.mark.parametrize("possible", [True, False])
